@@ -1,0 +1,74 @@
+"""revcore: reversible networks, specified once for every framework.
+
+This package holds plain data and arithmetic: couplings, steps, programs, policies. It imports neither NumPy, torch
+nor jax; ``revcore_torch`` and ``revcore_jax`` run what it specifies, and ``revcore.reference`` (NumPy) is the oracle
+that both are held against.
+
+>>> import revcore
+>>> program = revcore.revnet(depth=4, coupling=revcore.Momentum(0.9))
+>>> program.num_blocks
+4
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from revcore.coupling import Additive, Affine, Coupling, Momentum
+from revcore.errors import InversionError, SpecError
+from revcore.policy import Checkpoint, Policy, Reverse, StoreAll
+from revcore.program import Program, grouped, leapfrog, momentum_net, reversible_columns, revnet
+from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
+
+if TYPE_CHECKING:
+    from revcore import parity as parity
+    from revcore import reference as reference
+    from revcore.laws import CouplingReport as CouplingReport
+    from revcore.laws import check_coupling as check_coupling
+
+__version__ = "0.1.0"
+__all__ = [
+    "Additive",
+    "Affine",
+    "Anchor",
+    "Bijection",
+    "Chain",
+    "Checkpoint",
+    "Couple",
+    "Coupling",
+    "CouplingReport",
+    "InversionError",
+    "Momentum",
+    "Policy",
+    "Program",
+    "Repeat",
+    "Reverse",
+    "SpecError",
+    "Step",
+    "StoreAll",
+    "check_coupling",
+    "grouped",
+    "leapfrog",
+    "momentum_net",
+    "parity",
+    "reference",
+    "reversible_columns",
+    "revnet",
+]
+
+
+# These need NumPy, which `import revcore` does not load.
+_LAZY = {
+    "CouplingReport": "revcore.laws",
+    "check_coupling": "revcore.laws",
+    "parity": "revcore.parity",
+    "reference": "revcore.reference",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'revcore' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    return module if module.__name__ == f"revcore.{name}" else getattr(module, name)

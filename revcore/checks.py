@@ -1,0 +1,105 @@
+"""What engines check at their boundary, in one place so that every backend says the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from revcore.errors import SpecError
+from revcore.program import Program
+
+
+def check_program(program: Any) -> Program:
+    """Return ``program``, or say what was expected."""
+    if not isinstance(program, Program):
+        raise SpecError(
+            f"program came as {program!r} ({type(program).__name__}), expected a revcore.Program: write revnet(depth), "
+            "or Program.from_dict(data) for one that was saved"
+        )
+    return program
+
+
+def check_streams(
+    program: Program, streams: Any, is_array: Callable[[Any], bool], is_inexact: Callable[[Any], bool], kind: str
+) -> tuple[Any, ...]:
+    """Return ``streams`` as a tuple, or say which is none: count, kind, dtype (float or complex) and shape."""
+    if is_array(streams) or not isinstance(streams, Sequence):
+        raise SpecError(
+            f"streams came as one {type(streams).__name__}, expected a tuple of {program.num_streams} {kind}s: part the "
+            "input first, or use ReversibleSequential, which does"
+        )
+    streams = tuple(streams)
+    if len(streams) != program.num_streams:
+        raise SpecError(f"{len(streams)} streams came, but the program has {program.num_streams}")
+    for i, stream in enumerate(streams):
+        if not is_array(stream):
+            raise SpecError(f"stream {i} came as {type(stream).__name__}, expected a {kind}")
+        if not is_inexact(stream):
+            raise SpecError(
+                f"stream {i} came as a {kind} of {stream.dtype}, expected a floating-point or complex dtype: streams carry "
+                "gradients, so embed or convert the input first"
+            )
+    shapes = [tuple(stream.shape) for stream in streams]
+    if program.same_shape and len(set(shapes)) > 1:
+        raise SpecError(
+            f"streams came with shapes {', '.join(map(str, shapes))}, expected one shape for all (a program whose streams "
+            "differ by design says Program(..., same_shape=False))"
+        )
+    return streams
+
+
+def check_blocks(program: Program, blocks: Any, expected: int, *, repeats_once: bool = False) -> tuple[Any, ...]:
+    """Return ``blocks`` as a tuple of ``expected``, or say how many came."""
+    try:
+        blocks = tuple(blocks)
+    except TypeError:
+        raise SpecError(f"blocks came as {type(blocks).__name__}, expected a sequence of {expected} blocks") from None
+    if len(blocks) != expected:
+        how = " (a Repeat's blocks once, their parameters stacked)" if repeats_once else ""
+        raise SpecError(
+            f"{len(blocks)} blocks came, but the program takes {expected}{how}: give one for each step that calls a block"
+        )
+    return blocks
+
+
+def check_split(size: int, num_streams: int, axis_name: str, axis: int) -> None:
+    """Refuse to part an axis that does not divide."""
+    if size % num_streams:
+        raise SpecError(
+            f"the input has size {size} along {axis_name} {axis}, which does not part into {num_streams} equal streams: "
+            f"use a size divisible by {num_streams}, another {axis_name}, or {axis_name}=None to give every stream the whole"
+        )
+
+
+def check_block_output(index: int, f: Any, target: Any, is_array: Callable[[Any], bool], kind: str) -> None:
+    """Refuse a block whose output is no array of its target stream's shape."""
+    for part in f if isinstance(f, tuple) else (f,):
+        if not is_array(part):
+            raise SpecError(
+                f"block {index} returned {type(part).__name__}, expected a {kind} (or a tuple that begins with it)"
+            )
+        if tuple(part.shape) != tuple(target.shape):
+            raise SpecError(
+                f"block {index} returned shape {tuple(part.shape)}, but the stream it is coupled with has shape "
+                f"{tuple(target.shape)}: a block keeps the shape (change it in an Anchor or a Bijection)"
+            )
+
+
+def check_coupled(index: int, y: Any, target: Any) -> None:
+    """Refuse a coupled stream that changed its shape or dtype: it could not be rebuilt as it was."""
+    if tuple(y.shape) != tuple(target.shape) or y.dtype != target.dtype:
+        raise SpecError(
+            f"step {index} turned a stream of {target.dtype}, shape {tuple(target.shape)}, into {y.dtype}, shape "
+            f"{tuple(y.shape)}: a stream keeps its dtype and shape. Convert the block's output to the stream's dtype, or "
+            "hold the streams in the wider dtype from the start (float32 streams go with narrower blocks)"
+        )
+
+
+def check_stream_outputs(
+    index: int, step: str, streams: Any, num_streams: int
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Part what an Anchor or Bijection returned into ``(streams, aux)``."""
+    if not isinstance(streams, (tuple, list)) or len(streams) < num_streams:
+        came = f"{len(streams)} of them" if isinstance(streams, (tuple, list)) else type(streams).__name__
+        raise SpecError(f"step {index} ({step}) must return its {num_streams} streams as a tuple, but returned {came}")
+    return tuple(streams[:num_streams]), tuple(streams[num_streams:])

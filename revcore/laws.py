@@ -1,0 +1,215 @@
+"""The laws a coupling must keep, proved on random values, with figures.
+
+1. ``inverse(forward(x, f), f) == x``, to rounding.
+2. ``vjp`` is the derivative of ``forward`` (against the complex step, or central differences where a coupling is
+   not analytic).
+3. ``y`` has the dtype and shape of ``x``.
+
+And one figure: by how much a single inverse step amplifies an error in ``y``, which bounds the depth a dtype carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from revcore.coupling import Coupling
+from revcore.errors import SpecError
+
+_DTYPES = ("float64", "float32", "float16")
+# Rounding errors of a handful of operations; a wrong law is off by many orders more in float64.
+_ROUNDINGS = 32
+
+
+@dataclass(frozen=True)
+class CouplingReport:
+    """What :func:`check_coupling` measured.
+
+    Attributes:
+        name: the coupling.
+        round_trip: relative error of ``inverse(forward(x, f), f)`` by dtype.
+        amplification: how much one inverse step grows an error in ``y`` (1 for additive, ``1/β`` for momentum).
+        vjp_error: relative error of ``vjp`` against the derivative of ``forward``; ``None`` where the coupling
+            leaves its derivative to the backend.
+    """
+
+    name: str
+    round_trip: dict[str, float]
+    amplification: float
+    vjp_error: float | None
+
+    @property
+    def ok(self) -> bool:
+        """True: a report exists only for a coupling that keeps the laws."""
+        return True
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: a coupling with a true inverse"]
+        lines += [f"  round trip in {dtype:8} {error:.1e}" for dtype, error in self.round_trip.items()]
+        lines.append(f"  error of one inverse step grows by {self.amplification:.3g}")
+        lines.append("  vjp left to autodiff" if self.vjp_error is None else f"  vjp error {self.vjp_error:.1e}")
+        return "\n".join(lines)
+
+
+def check_coupling(
+    coupling: Coupling,
+    *,
+    shape: tuple[int, ...] = (64,),
+    asarray: Callable[[np.ndarray], Any] | None = None,
+    seed: int = 0,
+) -> CouplingReport:
+    """Prove on random values in float64, float32 and float16 that ``coupling`` keeps its laws (see the module).
+
+    Args:
+        coupling: the coupling to check.
+        shape: the shape of the random ``x`` and ``f``; give a real one where the coupling holds arrays.
+        asarray: makes the library's array of a NumPy array (``torch.from_numpy``, ``jax.numpy.asarray``), for a coupling
+            whose functions work on that library's arrays only.
+        seed: of a generator of its own; no global random state is touched.
+
+    Returns:
+        The figures. A coupling that breaks a law raises instead.
+
+    Raises:
+        SpecError: a law does not hold; the message gives the size of the error and, where ``forward`` is linear in
+            ``x``, the right inverse.
+
+    >>> print(check_coupling(Coupling.from_functions(lambda x, f: 2 * x + f, lambda y, f: (y - f) / 2)).amplification)
+    0.5
+    >>> check_coupling(Coupling.from_functions(
+    ...     lambda x, f: x * 0.9 + f * (1 - 0.9), lambda y, f: y / 0.9 - f * (1 - 0.9)))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    revcore.SpecError: FunctionCoupling: inverse(forward(x, f), f) is off by 1.0e-02 of x in float64 (rounding would \
+explain ...). forward is y = 0.9·x + 0.1·f, whose inverse is x = (y - 0.1·f) / 0.9
+    """
+    if not isinstance(coupling, Coupling):
+        raise SpecError(
+            f"check_coupling: came {coupling!r}, expected a revcore.Coupling: Coupling.from_functions(f, g)"
+        )
+    probe = _Probe(coupling, shape, asarray or (lambda a: a), np.random.default_rng(seed))
+    amplification = probe.amplification()
+    round_trip = {}
+    for dtype in _DTYPES:
+        x, f = probe.draw(dtype)
+        if x.dtype.name != dtype:  # the library has no such dtype switched on (JAX's float64)
+            continue
+        error, scale = probe.round_trip(x, f)
+        allowed = _ROUNDINGS * np.finfo(dtype).eps * max(1.0, amplification) * scale
+        if not error <= allowed:
+            raise SpecError(
+                f"{probe.name}: inverse(forward(x, f), f) is off by {error:.1e} of x in {dtype} (rounding would explain "
+                f"{allowed:.1e}). {probe.right_inverse()}"
+            )
+        round_trip[dtype] = error
+    return CouplingReport(probe.name, round_trip, amplification, probe.check_vjp())
+
+
+class _Probe:
+    """One coupling on random NumPy values; arrays of another library are made and read back at its edge."""
+
+    def __init__(self, coupling: Coupling, shape: tuple[int, ...], asarray: Callable[[Any], Any], rng: Any) -> None:
+        self.coupling, self.shape, self.asarray, self.rng = coupling, shape, asarray, rng
+        self.name = (
+            type(coupling).__name__ if getattr(coupling, "name", None) is None else f"coupling {coupling.name!r}"
+        )  # type: ignore[attr-defined]
+
+    def draw(self, dtype: str) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+        def one() -> np.ndarray:
+            return np.asarray(self.asarray(self.rng.standard_normal(self.shape).astype(dtype)))
+
+        return one(), tuple(one() for _ in range(self.coupling.num_outputs))
+
+    def _call(self, function: Callable[..., Any], x: np.ndarray, f: tuple[np.ndarray, ...], *more: np.ndarray) -> Any:
+        given = tuple(self.asarray(part) for part in f)
+        return function(self.asarray(x), given[0] if len(given) == 1 else given, *map(self.asarray, more))
+
+    def forward(self, x: np.ndarray, f: tuple[np.ndarray, ...]) -> np.ndarray:
+        return np.asarray(self._call(self.coupling.forward, x, f))
+
+    def inverse(self, y: np.ndarray, f: tuple[np.ndarray, ...]) -> np.ndarray:
+        return np.asarray(self._call(self.coupling.inverse, y, f))
+
+    def amplification(self) -> float:
+        x, f = self.draw("float64")
+        y = self.forward(x, f)
+        if y.shape != x.shape or y.dtype != x.dtype:
+            raise SpecError(
+                f"{self.name}: forward turned x of {x.dtype}, shape {x.shape}, into {y.dtype}, shape {y.shape}: a coupling "
+                "keeps the stream's dtype and shape"
+            )
+        if not np.isfinite(y).all():
+            raise SpecError(f"{self.name}: forward gave non-finite values on standard normal x and f")
+        delta = 1e-6 * self.rng.standard_normal(self.shape).astype(y.dtype)
+        moved, still = self.inverse(y + delta, f), self.inverse(y, f)
+        growth = float(np.linalg.norm(moved - still) / np.linalg.norm(delta))
+        return round(growth, 6)  # the digits beyond are the difference's own rounding
+
+    def round_trip(self, x: np.ndarray, f: tuple[np.ndarray, ...]) -> tuple[float, float]:
+        """Return the relative error, and the size of what was added up on the way in units of ``x``."""
+        y = self.forward(x, f)
+        if y.dtype != x.dtype:
+            raise SpecError(
+                f"{self.name}: forward turned x of {x.dtype} into {y.dtype}: a coupling keeps the stream's dtype"
+            )
+        back = self.inverse(y, f).astype(np.float64)
+        norm = float(np.linalg.norm(x.astype(np.float64)))
+        scale = sum(float(np.linalg.norm(a.astype(np.float64))) for a in (x, y, *f)) / norm
+        return float(np.linalg.norm(back - x.astype(np.float64)) / norm), scale
+
+    def right_inverse(self) -> str:
+        """Say what the inverse should be, where ``forward`` is linear in ``x``."""
+        x, f = self.draw("float64")
+        zero, one = self.forward(np.zeros_like(x), f), self.forward(np.ones_like(x), f)
+        slope = one - zero
+        linear = np.allclose(self.forward(x, f), slope * x + zero, rtol=1e-9, atol=1e-12)
+        if not linear or not np.all(np.abs(slope) > 1e-12):
+            return "forward is not linear in x, so no inverse can be proposed: check that it is one-to-one in x"
+        constant = np.ptp(slope) <= 1e-12 * np.abs(slope).max()
+        weight = zero / f[0]
+        if len(f) == 1 and constant and np.ptp(weight) <= 1e-9 * np.abs(weight).max():
+            a, c = f"{slope.flat[0]:.6g}", f"{weight.flat[0]:.6g}"
+            return f"forward is y = {a}·x + {c}·f, whose inverse is x = (y - {c}·f) / {a}"
+        return "forward is linear in x, so its inverse is x = (y - forward(0, f)) / (forward(1, f) - forward(0, f))"
+
+    def check_vjp(self) -> float | None:
+        x, f = self.draw("float64")
+        gy = self.rng.standard_normal(self.shape)
+        pulled = self._call(self.coupling.vjp, x, f, gy)
+        if pulled is NotImplemented:
+            return None
+        gx, gf = pulled
+        grads = [np.asarray(g) for g in (gx, *(gf if isinstance(gf, tuple) else (gf,)))]
+        worst = 0.0
+        for which, name in enumerate(("x", *(f"f[{i}]" for i in range(len(f))))):
+            direction = self.rng.standard_normal(self.shape)
+            derivative, exact = self._derivative(x, f, which, direction)
+            expected, got = float((gy * derivative).sum()), float((grads[which] * direction).sum())
+            scale = float(np.linalg.norm(gy) * np.linalg.norm(derivative)) or 1.0
+            error = abs(got - expected) / scale
+            if not error <= (1e-13 if exact else 1e-7) * np.sqrt(gy.size):
+                raise SpecError(
+                    f"{self.name}: vjp's gradient of {name} gives {got:.6g} along a random direction, but forward's derivative "
+                    f"there is {expected:.6g} (off by {error:.1e}): vjp(x, f, gy) must return the gradients of sum(gy·forward(x, f))"
+                )
+            worst = max(worst, error)
+        return worst
+
+    def _derivative(self, x: Any, f: Any, which: int, direction: Any) -> tuple[np.ndarray, bool]:
+        """Return the derivative of ``forward`` along ``direction`` in one argument, and whether it is exact."""
+
+        def moved(step: Any) -> np.ndarray:
+            arrays = [x, *f]
+            arrays[which] = arrays[which] + step * direction
+            return self.forward(arrays[0], tuple(arrays[1:]))
+
+        try:
+            result = np.imag(moved(1e-20j)) / 1e-20
+            if np.isfinite(result).all() and np.any(result):
+                return result, True
+        except (TypeError, ValueError, RuntimeError, NotImplementedError):
+            pass  # the coupling does not take complex arrays
+        return (moved(1e-6) - moved(-1e-6)) / 2e-6, False
