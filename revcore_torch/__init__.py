@@ -1,0 +1,24 @@
+"""revcore_torch: reversible networks in PyTorch. Activation memory does not grow with depth.
+
+>>> import torch, revcore_torch
+>>> model = revcore_torch.ReversibleSequential(*[torch.nn.Linear(8, 8) for _ in range(4)])
+>>> model(torch.randn(2, 16)).shape
+torch.Size([2, 16])
+"""
+
+from __future__ import annotations
+
+from revcore.policy import Checkpoint, Reverse, StoreAll
+from revcore_torch.functional import inverse, reversible
+from revcore_torch.modules import ReversibleSequential
+from revcore_torch.replay import is_recomputing
+
+__all__ = [
+    "Checkpoint",
+    "Reverse",
+    "ReversibleSequential",
+    "StoreAll",
+    "inverse",
+    "is_recomputing",
+    "reversible",
+]

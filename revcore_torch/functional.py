@@ -1,0 +1,142 @@
+"""The functional form: a program run on streams, its inverse, and a check of how well it inverts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revcore.checks import check_blocks, check_program, check_streams
+from revcore.errors import InversionError, SpecError
+from revcore.policy import Policy, Reverse, check_policy
+from revcore.program import Program
+from revcore.step import Anchor
+from revcore_torch import replay
+from revcore_torch.tape import Arguments, make_calls, run
+
+Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
+
+
+def reversible(
+    program: Program,
+    blocks: Sequence[Any],
+    streams: Sequence[Tensor],
+    *args: Any,
+    layerwise_args_kwargs: Layerwise = None,
+    policy: Policy = Reverse(),  # noqa: B008 - frozen
+    **kwargs: Any,
+) -> Any:
+    """Run ``program`` on ``streams``; the backward pass rebuilds what ``policy`` did not keep.
+
+    Values, gradients, buffers and random state are those of the ordinary, store-everything network.
+
+    Args:
+        program: what to run.
+        blocks: ``program.num_blocks`` modules or functions, one for each step that calls one, in running order. A
+            block gets its sources, then ``*args`` and ``**kwargs``, and returns ``f`` or ``(f, *aux)``.
+        streams: ``program.num_streams`` tensors of a floating-point or complex dtype, of one shape.
+        layerwise_args_kwargs: one ``(args, kwargs)`` pair for each block, added to the common ones.
+        policy: what the backward pass keeps and rebuilds; never changes a value.
+
+    Returns:
+        The streams as a tuple in ``program.output`` order; ``(streams, aux)`` if any block returned more than its
+        ``f``, ``aux`` being a list with one tuple for each block.
+
+    Raises:
+        SpecError: wrong number of blocks or streams, streams of integers or of different shapes, an unknown policy, a
+            block that changes shape or dtype or writes into its input.
+        InversionError: (in the backward pass) a block did not do the second time what it did the first.
+
+    Under ``torch.no_grad``, ``torch.func`` and ``torch.export`` nothing is rebuilt, and the result is the same.
+
+    >>> import revcore, torch
+    >>> x = torch.ones(2, 3, requires_grad=True)
+    >>> y0, y1 = reversible(revcore.revnet(2), [torch.sin, torch.cos], (x, x))
+    >>> (y0 + y1).sum().backward()
+    >>> torch.allclose(x.grad, 2 + torch.cos(x) - torch.sin(x + torch.sin(x)) * (1 + torch.cos(x)))
+    True
+    """
+    program, blocks, streams, arguments = _check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
+    streams, aux = run(program, blocks, streams, arguments, check_policy(policy))
+    result = tuple(streams[i] for i in program.output)
+    return (result, aux) if any(aux) else result
+
+
+def inverse(
+    program: Program,
+    blocks: Sequence[Any],
+    streams: Sequence[Tensor],
+    *args: Any,
+    layerwise_args_kwargs: Layerwise = None,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    """Return the input streams from which :func:`reversible` made ``streams``.
+
+    An ordinary differentiable computation: it changes no buffer, and keeps what autograd needs.
+
+    Args:
+        program: what was run.
+        blocks: the blocks it was run with.
+        streams: the output streams, in ``program.output`` order.
+        *args: what the blocks got, as did ``**kwargs`` and ``layerwise_args_kwargs``.
+
+    Raises:
+        SpecError: as :func:`reversible`, or ``program`` holds an :class:`revcore.Anchor`, which has no inverse.
+        InversionError: a block draws random numbers, which are not known afterwards.
+
+    >>> import revcore, torch
+    >>> x = torch.ones(2), torch.zeros(2)
+    >>> y = reversible(revcore.revnet(3), [torch.sin] * 3, x)
+    >>> torch.allclose(inverse(revcore.revnet(3), [torch.sin] * 3, y)[0], x[0])
+    True
+    """
+    program, blocks, streams, arguments = _check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
+    for index, step in enumerate(program.unrolled):
+        if isinstance(step, Anchor):
+            raise SpecError(f"step {index} is an Anchor, which has no inverse")
+    current = tuple(streams[program.output.index(i)] for i in range(program.num_streams))
+    devices = replay.random_devices(current)
+    for call in reversed(make_calls(program, blocks)):
+        random, buffers = replay.random_state(devices), replay.Buffers(call.block)
+        with buffers.as_now():
+            current = call.undo(current, call.evaluate(current, arguments)[0] if call.is_coupled else None, arguments)
+        if replay.random_state(devices) != random:
+            replay.set_random_state(devices, random)
+            raise InversionError(
+                f"block of step {call.index} draws random numbers, and those of the forward pass are not known: call "
+                "eval() before both the forward pass and its inverse"
+            )
+    return current
+
+
+def _check(
+    program: Any, blocks: Any, streams: Any, args: tuple[Any, ...], kwargs: dict[str, Any], layerwise: Any
+) -> tuple[Program, tuple[Any, ...], tuple[Tensor, ...], Arguments]:
+    program = check_program(program)
+    blocks = check_blocks(program, blocks, program.num_blocks)
+    for i, block in enumerate(blocks):
+        if not callable(block):
+            raise SpecError(f"block {i} came as {type(block).__name__}, expected a module or function")
+    streams = check_streams(program, streams, _is_tensor, _is_inexact, "tensor")
+    if layerwise is not None:
+        layerwise = tuple(layerwise)
+        if len(layerwise) != len(blocks) or not all(_is_pair(pair) for pair in layerwise):
+            raise SpecError(
+                f"layerwise_args_kwargs came with {len(layerwise)} entries, expected one (args, kwargs) pair for each of the "
+                f"{len(blocks)} blocks: write [((), {{'mask': m}}) for m in masks]"
+            )
+    return program, blocks, streams, Arguments(args, kwargs, layerwise)
+
+
+def _is_pair(pair: Any) -> bool:
+    return len(pair) == 2 and isinstance(pair[0], (tuple, list)) and isinstance(pair[1], dict)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _is_inexact(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -1,0 +1,218 @@
+"""The class to swap in for ``nn.Sequential``."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from revcore.checks import check_program, check_split
+from revcore.coupling import Coupling
+from revcore.errors import SpecError
+from revcore.laws import check_coupling
+from revcore.policy import Policy, Reverse, check_policy
+from revcore.program import Program, revnet
+from revcore_torch.functional import Layerwise, inverse, reversible
+
+CouplingFunction = Callable[[Any, Any], Any]
+
+
+class ReversibleSequential(nn.Sequential):
+    """Blocks one after the other, as ``nn.Sequential``, over reversible streams.
+
+    The input is parted into streams ``x_0, x_1, …`` along ``split_dim``. Step ``i`` is
+    ``x_{i mod n} ← coupling(x_{i mod n}, block_i(x_{(i+1) mod n}))``, and the streams are handed out oldest first, so
+    rotated by one place a step, and joined again. For two streams and the additive coupling that is a RevNet (Gomez et
+    al., arXiv 1707.04585).
+
+    Shapes: the input and output have one shape; a block sees ``1/num_streams`` of ``split_dim`` and keeps its shape.
+
+    Args:
+        *modules: the blocks, or one ``OrderedDict`` of them. Their names in ``state_dict`` are ``nn.Sequential``'s.
+        split_dim: the dimension that is parted; ``None`` gives every stream the whole input and returns their mean.
+        coupling: a :class:`revcore.Coupling`, or a list that is cycled over the steps; additive by default.
+        coupling_forward: ``y = coupling_forward(x, f)``, instead of ``coupling``; one function, or a list that is cycled.
+        coupling_inverse: ``x = coupling_inverse(y, f)``, its true inverse; checked on random values here and now.
+        num_streams: how many streams; at least 2.
+        program: any :class:`revcore.Program`, instead of ``coupling`` and ``num_streams``; its ``split`` and ``merge``
+            say how streams are made.
+        policy: what the backward pass keeps and rebuilds; never changes a value. May be set later (``model.policy = …``).
+
+    Raises:
+        SpecError: arguments that contradict each other, a coupling without a true inverse; on a call, an input that does
+            not part, and all that :func:`reversible` raises.
+
+    >>> import torch
+    >>> model = ReversibleSequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
+    >>> x = torch.randn(2, 8)
+    >>> torch.allclose(model.inverse(model(x)), x, atol=1e-6)
+    True
+    """
+
+    @overload
+    def __init__(self, *modules: nn.Module, **settings: Any) -> None: ...
+    @overload
+    def __init__(self, arg: OrderedDict[str, nn.Module], /, **settings: Any) -> None: ...
+    def __init__(
+        self,
+        *modules: Any,
+        split_dim: int | None = 1,
+        coupling: Coupling | Sequence[Coupling] | None = None,
+        coupling_forward: CouplingFunction | Sequence[CouplingFunction] | None = None,
+        coupling_inverse: CouplingFunction | Sequence[CouplingFunction] | None = None,
+        num_streams: int = 2,
+        program: Program | None = None,
+        policy: Policy = Reverse(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(*modules)
+        if coupling_forward is not None or coupling_inverse is not None:
+            if coupling is not None:
+                raise SpecError("give either coupling, or coupling_forward and coupling_inverse")
+            coupling = couplings_from_functions(coupling_forward, coupling_inverse)
+        if program is not None and (coupling is not None or num_streams != 2):
+            raise SpecError("give either program, or coupling and num_streams: a program says both")
+        self.split_dim = split_dim
+        self.coupling = coupling
+        self.num_streams = num_streams if program is None else check_program(program).num_streams
+        self._program = program
+        self.policy = policy
+        _ = self.program  # a wrong coupling or number of streams is told now
+
+    @property
+    def policy(self) -> Policy:
+        """What the backward pass keeps and rebuilds."""
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = check_policy(policy)
+
+    @property
+    def program(self) -> Program:
+        """What is run: the given program, or ``revnet`` over the blocks at hand (so ``append`` and ``del`` work)."""
+        if self._program is not None:
+            return self._program
+        key = len(self), self.num_streams, self.coupling if isinstance(self.coupling, Coupling) else None
+        cached = self.__dict__.get("_revnet")
+        if cached is None or cached[0] != key:
+            cached = self.__dict__["_revnet"] = key, revnet(len(self), self.coupling, self.num_streams)
+        return cached[1]
+
+    def __getitem__(self, idx: Any) -> Any:
+        if not isinstance(idx, slice):
+            return super().__getitem__(idx)
+        if self._program is not None:
+            raise SpecError(
+                "a ReversibleSequential with a program of its own cannot be sliced: build the part's program"
+            )
+        part = type(self)(
+            OrderedDict(list(self._modules.items())[idx]),  # type: ignore[arg-type]
+            split_dim=self.split_dim,
+            coupling=self.coupling,
+            num_streams=self.num_streams,
+            policy=self.policy,
+        )
+        return part.train(self.training)
+
+    def forward(self, input: Tensor, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Any:  # noqa: A002
+        """Return the output, of the input's shape; ``(output, aux)`` where a block returned more than its ``f``.
+
+        ``*args`` and ``**kwargs`` go to every block after its source; ``layerwise_args_kwargs`` holds one more
+        ``(args, kwargs)`` pair for each block. ``aux`` is a list with one tuple for each block.
+        """
+        result = reversible(
+            self.program,
+            tuple(self),
+            self._split(input),
+            *args,
+            layerwise_args_kwargs=layerwise_args_kwargs,
+            policy=self.policy,
+            **kwargs,
+        )
+        if isinstance(result[0], tuple):
+            return self._merge(result[0]), result[1]
+        return self._merge(result)
+
+    def inverse(self, output: Tensor, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Tensor:
+        """Return the input that :meth:`forward` made ``output`` of.
+
+        Raises:
+            SpecError: the streams were not joined by ``"concat"``, so they cannot be told apart.
+            InversionError: a block draws random numbers; call ``eval()`` first.
+        """
+        split, merge = self._split_and_merge
+        if (split, merge) != ("chunk", "concat"):
+            raise SpecError(
+                f"inverse needs streams made by 'chunk' and joined by 'concat', but here they are made by {split!r} and "
+                f"joined by {merge!r}: use revcore_torch.inverse on the streams"
+            )
+        streams = inverse(
+            self.program,
+            tuple(self),
+            self._split(output),
+            *args,
+            layerwise_args_kwargs=layerwise_args_kwargs,
+            **kwargs,
+        )
+        return torch.cat(streams, self._dim)
+
+    @property
+    def _split_and_merge(self) -> tuple[str, str]:
+        if self._program is None and self.split_dim is None:
+            return "copy", "mean"
+        return self.program.split, self.program.merge
+
+    @property
+    def _dim(self) -> int:
+        if self.split_dim is None:
+            raise SpecError("the program parts its input or joins its streams along a dimension: give split_dim")
+        return self.split_dim
+
+    def _split(self, input: Any) -> tuple[Tensor, ...]:  # noqa: A002
+        if not isinstance(input, Tensor):
+            raise SpecError(f"the input came as {type(input).__name__}, expected a tensor")
+        n, split = self.num_streams, self._split_and_merge[0]
+        if split == "copy":
+            return (input,) * n
+        if split == "zeros":
+            return (*(torch.zeros_like(input) for _ in range(n - 1)), input)
+        if not -input.dim() <= self._dim < input.dim():
+            raise SpecError(
+                f"split_dim is {self._dim}, but the input has shape {tuple(input.shape)}: give a dimension it has, or "
+                "split_dim=None to give every stream the whole"
+            )
+        check_split(input.shape[self._dim], n, "split_dim", self._dim)
+        return input.chunk(n, self._dim)
+
+    def _merge(self, streams: tuple[Tensor, ...]) -> Tensor:
+        merge = self._split_and_merge[1]
+        if merge == "concat":
+            return torch.cat(streams, self._dim)
+        if merge == "last":
+            return streams[-1]
+        total = torch.stack(streams).sum(0) if len(streams) > 2 else streams[0] + streams[1]
+        return total / len(streams) if merge == "mean" else total
+
+    def extra_repr(self) -> str:
+        return f"split_dim={self.split_dim}, num_streams={self.num_streams}, policy={self.policy}"
+
+
+def couplings_from_functions(forward: Any, inverse: Any) -> list[Coupling]:
+    """Pair forward and inverse functions (one each, or lists of one length), each pair proved by ``check_coupling``."""
+
+    def as_list(functions: Any) -> list[Any]:
+        return list(functions) if isinstance(functions, (list, tuple)) else [functions]
+
+    forwards, inverses = as_list(forward), as_list(inverse)
+    if len(forwards) != len(inverses):
+        raise SpecError(
+            f"{len(forwards)} coupling_forward and {len(inverses)} coupling_inverse came, expected as many of one as of the "
+            "other: they are used in pairs"
+        )
+    couplings: list[Coupling] = [Coupling.from_functions(f, g) for f, g in zip(forwards, inverses, strict=True)]
+    for coupling in couplings:
+        check_coupling(coupling, asarray=torch.from_numpy)
+    return couplings

@@ -1,0 +1,449 @@
+"""The engine: an ordinary autograd graph whose saved tensors are rebuilt when the backward pass asks for them.
+
+The forward pass builds the graph that a plain network would, under pack hooks that keep nothing (invariant 1). At the
+end, one small ``Function`` keeps the last streams (2). In the backward pass, each step's input is rebuilt from its
+output, and the block runs once more under hooks that collect what its graph needs (3, 4). The invariants are numbered
+in ``docs/design.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from revcore.checks import check_block_output, check_coupled, check_stream_outputs
+from revcore.errors import InversionError, SpecError
+from revcore.policy import Policy, StoreAll, segments
+from revcore.program import Program
+from revcore.step import Anchor, Bijection, Couple, Primitive
+from revcore_torch import replay
+
+Streams = tuple[Tensor, ...]
+Meta = tuple[torch.Size, torch.dtype]
+Handle = tuple[int, int]
+
+
+class Call:
+    """One step of a program with the block it calls."""
+
+    __slots__ = ("block", "index", "number", "step")
+
+    def __init__(self, index: int, step: Primitive, block: Any, number: int | None) -> None:
+        self.index, self.step, self.block, self.number = index, step, block, number
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether undoing the step needs the block's output."""
+        return isinstance(self.step, Couple)
+
+    def evaluate(self, streams: Sequence[Tensor], arguments: Arguments) -> tuple[Any, tuple[Any, ...]]:
+        """Return what the block makes of the streams (``f``, or all streams anew), and its auxiliary outputs."""
+        step, (args, kwargs) = self.step, arguments.of(self)
+        if not isinstance(step, Couple):
+            out = self.block(*streams, *args, **kwargs) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
+            return check_stream_outputs(self.index, type(step).__name__, out, len(streams))
+        gathered = step.gather(streams)
+        if not step.block:
+            return gathered[0], ()
+        versions = [_version(t) for t in gathered]
+        f, aux = step.split(self.block(*gathered, *args, **kwargs))
+        if [_version(t) for t in gathered] != versions:
+            raise SpecError(
+                f"block of step {self.index} changed its input in place, which is a stream that others still need: "
+                "use the form that is not in place (nn.ReLU() for nn.ReLU(inplace=True)), or clone the input first"
+            )
+        check_block_output(self.index, f, streams[step.target], _is_tensor, "tensor")
+        return f, aux
+
+    def merge(self, streams: Sequence[Tensor], f: Any) -> Streams:
+        """Return the streams after the step, ``f`` being what :meth:`evaluate` returned."""
+        if not isinstance(self.step, Couple):
+            return f
+        target = self.step.target
+        y = self.step.coupling.forward(streams[target], f)
+        check_coupled(self.index, y, streams[target])
+        return (*streams[:target], y, *streams[target + 1 :])
+
+    def undo(self, streams: Sequence[Tensor], f: Any, arguments: Arguments) -> Streams:
+        """Return the streams before the step; ``f`` is not used where the step calls no coupling."""
+        step, (args, kwargs) = self.step, arguments.of(self)
+        if isinstance(step, Couple):
+            x = step.coupling.inverse(streams[step.target], f)
+            return (*streams[: step.target], x, *streams[step.target + 1 :])
+        assert isinstance(step, Bijection)
+        out = self.block.inverse(*streams, *args, **kwargs) if step.block else step.inverse(*streams)  # type: ignore[misc]
+        return check_stream_outputs(self.index, "Bijection.inverse", out, len(streams))[0]
+
+
+class Arguments:
+    """What blocks get after their sources: some common to all, some for one block each."""
+
+    __slots__ = ("args", "kwargs", "layerwise")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layerwise: Sequence[Any] | None) -> None:
+        self.args, self.kwargs, self.layerwise = args, kwargs, layerwise
+
+    def of(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.layerwise is None or call.number is None:
+            return self.args, self.kwargs
+        args, kwargs = self.layerwise[call.number]
+        return (*self.args, *args), {**self.kwargs, **kwargs}
+
+
+class Frame:
+    """What the tape remembers of one step: no tensor of the streams' size."""
+
+    __slots__ = ("buffers", "call", "coupling_saved", "live", "metas", "parameters", "random", "requires_grad")
+
+    def __init__(self, call: Call, streams: Sequence[Tensor]) -> None:
+        self.call = call
+        self.requires_grad = tuple(s.requires_grad for s in streams)
+        self.parameters = replay.parameter_versions(call.block)
+        self.buffers = replay.Buffers(call.block)
+        self.random: replay.RandomState | None = None
+        self.metas: list[Meta] = []
+        self.coupling_saved = False
+        # while the block runs for the first time: it may differentiate inside itself, and then asks for them
+        self.live: list[Tensor] | None = []
+
+    def leaves(self, streams: Sequence[Tensor]) -> list[Tensor]:
+        """Return the streams as the step met them: graph leaves, with the gradients it needed."""
+        return [s.detach().requires_grad_(r) for s, r in zip(streams, self.requires_grad, strict=True)]
+
+
+class Pass:
+    """One backward pass over a tape: where it stands, the streams there, and the tensors rebuilt there.
+
+    ``streams`` are those before step ``at``; in the beginning ``at`` is the number of steps.
+    """
+
+    __slots__ = ("arguments", "at", "saved", "streams", "task")
+
+    def __init__(self, task: int, at: int, streams: Streams, arguments: Arguments) -> None:
+        self.task, self.at, self.streams, self.arguments = task, at, streams, arguments
+        self.saved: dict[Handle, Tensor] = {}
+
+
+class Tape:
+    """One forward call's steps, and the way back through them.
+
+    ``reverse``: the streams after the last step are kept, and the walk goes from outputs to inputs. ``checkpoint``:
+    the streams before the first are kept, and all steps run again at once.
+    """
+
+    def __init__(self, kind: Literal["reverse", "checkpoint"], streams: Streams, arguments: Arguments) -> None:
+        self.kind = kind
+        self.frames: list[Frame] = []
+        self.node: weakref.ref[Any] | None = None
+        self.current: Pass | None = None
+        leaves, self.spec = pytree.tree_flatten((arguments.args, arguments.kwargs, arguments.layerwise))
+        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.flags = [leaves[i].requires_grad for i in self.places]
+        self.devices = replay.random_devices((*streams, *(leaves[i] for i in self.places)))
+        self.autocast = replay.autocast_state(self.devices)
+
+    # --- forward ------------------------------------------------------------------------------------------------------
+
+    def record(
+        self, calls: Sequence[Call], streams: Streams, arguments: Arguments
+    ) -> tuple[Streams, list[tuple[Any, ...]]]:
+        """Run the steps, build their graph, and keep what the way back starts from."""
+        given = streams
+        leaves = pytree.tree_leaves((arguments.args, arguments.kwargs, arguments.layerwise))
+        tensors = tuple(leaves[i] for i in self.places)
+        versions = [_version(t) for t in tensors]
+        random = replay.random_state(self.devices)
+        aux: list[tuple[Any, ...]] = []
+        for call in calls:
+            streams, extra = self._first(call, streams, arguments)
+            random, before = replay.random_state(self.devices), random
+            self.frames[-1].random = before if before != random else None
+            if call.step.block:
+                aux.append(extra)
+        if versions != [_version(t) for t in tensors]:
+            raise SpecError("a block changed one of its arguments in place, so it cannot run again: clone it first")
+        kept = (*(given if self.kind == "checkpoint" else streams), *tensors)
+        outputs, spec = pytree.tree_flatten((streams, aux))
+        # Invariant 2: every output that carries a gradient passes through the node that keeps them.
+        through = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if through:
+            for i, leaf in zip(through, _Keep.apply(self, kept, *(outputs[i] for i in through)), strict=True):
+                outputs[i] = leaf
+        return pytree.tree_unflatten(outputs, spec)
+
+    def _first(self, call: Call, streams: Streams, arguments: Arguments) -> tuple[Streams, tuple[Any, ...]]:
+        frame, index = Frame(call, streams), len(self.frames)
+        self.frames.append(frame)
+        live = frame.live
+        assert live is not None
+
+        def pack(tensor: Tensor) -> Handle:
+            live.append(tensor)
+            frame.metas.append((tensor.shape, tensor.dtype))
+            return index, len(live) - 1
+
+        with saved_tensors_hooks(pack, self.unpack):
+            f, aux = call.evaluate(streams, arguments)
+            by_block = len(live)
+            streams = call.merge(streams, f)
+        frame.coupling_saved = len(live) > by_block
+        frame.live = None
+        live.clear()
+        frame.buffers.settle()
+        if frame.metas:
+            # Invariant 3. A step that saved nothing is never asked for, and its grad_fn may be another step's.
+            changed = (streams[call.step.target],) if isinstance(call.step, Couple) else streams
+            for stream in changed:
+                if stream.grad_fn is not None:
+                    stream.grad_fn.register_prehook(_Ensure(self, index))
+        return streams, aux
+
+    # --- backward -----------------------------------------------------------------------------------------------------
+
+    def unpack(self, handle: Handle) -> Tensor:
+        """Return a saved tensor of a rebuilt step; each is handed out once (invariant 4)."""
+        live = self.frames[handle[0]].live
+        if live is not None:
+            return live[handle[1]]
+        with self._walking() as walk:
+            if handle not in walk.saved:
+                self._rebuild(walk, handle[0])
+            return walk.saved.pop(handle)
+
+    def ensure(self, index: int) -> None:
+        """Rebuild step ``index`` before the first node of its graph runs."""
+        with self._walking() as walk:
+            if walk.at > index:
+                self._rebuild(walk, index)
+
+    @contextlib.contextmanager
+    def _walking(self) -> Iterator[Pass]:
+        """The state of this backward pass (invariant 5): begun where there is none, gone when it ends or fails."""
+        task = torch._C._current_graph_task_id()
+        if self.current is None or self.current.task != task:
+            self.current = self._begin(task)
+            if task != -1:
+                me = weakref.ref(self)
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: _end(me, task))  # type: ignore[attr-defined]
+        try:
+            yield self.current
+        except BaseException:
+            self.current = None
+            raise
+        if task == -1:  # somebody looks at a node's saved tensor outside any backward pass
+            self.current = None
+
+    def _begin(self, task: int) -> Pass:
+        node = self.node() if self.node is not None else None
+        if node is None:
+            raise InversionError(
+                "a gradient was asked of a tensor inside a reversible network whose outputs are gone, and the rebuild "
+                "starts from them: keep the outputs until after the backward pass, or use policy=StoreAll()"
+            )
+        kept: tuple[Tensor, ...] = node.saved_tensors
+        num_streams = len(kept) - len(self.places)
+        leaves = list(self.constants)
+        for i, flag, tensor in zip(self.places, self.flags, kept[num_streams:], strict=True):
+            leaves[i] = tensor.detach().requires_grad_(flag)
+        arguments = Arguments(*pytree.tree_unflatten(leaves, self.spec))
+        return Pass(task, len(self.frames), tuple(t.detach() for t in kept[:num_streams]), arguments)
+
+    def _rebuild(self, walk: Pass, index: int) -> None:
+        """Bring the walk to step ``index``, so that it holds that step's saved tensors."""
+        walk.saved.clear()
+        if self.kind == "checkpoint":
+            streams = walk.streams
+            for i in range(len(self.frames)):
+                streams = self._redo(walk, i, streams)
+            walk.at = 0
+            return
+        if index == walk.at:  # its tensors were handed out before, and are asked for again
+            self._redo(walk, index, walk.streams)
+            return
+        if index > walk.at:  # asked out of order: start over
+            fresh = self._begin(walk.task)
+            walk.at, walk.streams = fresh.at, fresh.streams
+        while walk.at > index:
+            walk.saved.clear()
+            walk.streams = self._undo(walk, walk.at - 1, walk.streams)
+            walk.at -= 1
+
+    def _undo(self, walk: Pass, index: int, streams: Streams) -> Streams:
+        """Return the streams before step ``index``, given those after it; collect what its graph saves."""
+        frame = self.frames[index]
+        call, step, arguments = frame.call, frame.call.step, walk.arguments
+        if not isinstance(step, Couple):
+            with self._replaying(frame, []), torch.no_grad():
+                streams = call.undo(streams, None, arguments)
+            self._redo(walk, index, streams)
+            return streams
+        collected: list[Tensor] = []
+        with self._replaying(frame, collected):
+            leaves = frame.leaves(streams)
+            f, _ = call.evaluate(leaves, arguments)
+            with torch.no_grad():
+                streams = call.undo(streams, _detached(f), arguments)
+            if frame.coupling_saved:
+                leaves[step.target] = frame.leaves(streams)[step.target]
+                call.merge(leaves, f)
+        self._hold(walk, index, collected)
+        return streams
+
+    def _redo(self, walk: Pass, index: int, streams: Streams) -> Streams:
+        """Return the streams after step ``index``, given those before it; collect what its graph saves."""
+        frame = self.frames[index]
+        collected: list[Tensor] = []
+        with self._replaying(frame, collected):
+            leaves = frame.leaves(streams)
+            f, _ = frame.call.evaluate(leaves, walk.arguments)
+            after = frame.call.merge(leaves, f)
+        self._hold(walk, index, collected)
+        return tuple(t.detach() for t in after)
+
+    @contextlib.contextmanager
+    def _replaying(self, frame: Frame, collected: list[Tensor]) -> Iterator[None]:
+        """Everything that makes the second run of a block equal the first (invariants 6 and 7)."""
+        replay.check_parameters(frame.call.index, frame.call.block, frame.parameters)
+
+        def collect(tensor: Tensor) -> int:
+            collected.append(tensor.detach())
+            return len(collected) - 1
+
+        with (
+            replay.recomputing(),
+            replay.random_state_as(self.devices, frame.random),
+            replay.autocast_as(self.devices, self.autocast),
+            frame.buffers.as_before(),
+            saved_tensors_hooks(collect, collected.__getitem__),
+            torch.enable_grad(),
+        ):
+            yield
+
+    def _hold(self, walk: Pass, index: int, collected: list[Tensor]) -> None:
+        """Keep the collected tensors for the nodes, if they are what the first run saved (invariant 7)."""
+        frame = self.frames[index]
+        metas = [(t.shape, t.dtype) for t in collected]
+        if metas != frame.metas:
+            raise InversionError(
+                f"block of step {frame.call.index} ran differently the second time: {_difference(metas, frame.metas)}. It "
+                "must do the same on the same input: look for a branch on outside state (a counter, a cache, training mode "
+                "switched between forward and backward), or use policy=StoreAll()"
+            )
+        walk.saved.update(((index, k), tensor) for k, tensor in enumerate(collected))
+
+
+class _Ensure:
+    """A node's prehook. It holds the tape and a number, and no tensor: a cycle through C++ is never collected."""
+
+    __slots__ = ("index", "tape")
+
+    def __init__(self, tape: Tape, index: int) -> None:
+        self.tape, self.index = tape, index
+
+    def __call__(self, _: Any) -> None:
+        self.tape.ensure(self.index)
+
+
+class _Keep(torch.autograd.Function):
+    """The identity on a tape's outputs. Its node keeps the streams and arguments, and autograd says how long."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: Tape, kept: tuple[Tensor, ...], *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.tape = tape
+        tape.node = weakref.ref(ctx)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with ctx.tape._walking():  # takes the kept tensors now, before autograd frees them
+            return None, None, *grads
+
+
+def _end(tape: weakref.ref[Tape], task: int) -> None:
+    alive = tape()
+    if alive is not None and alive.current is not None and alive.current.task == task:
+        alive.current = None
+
+
+def run(
+    program: Program, blocks: Sequence[Any], streams: Streams, arguments: Arguments, policy: Policy
+) -> tuple[Streams, list[tuple[Any, ...]]]:
+    """Run ``program`` under ``policy``: the streams in their own order, and one tuple of auxiliary outputs a block."""
+    calls = make_calls(program, blocks)
+    aux: list[tuple[Any, ...]] = []
+    plan = segments(
+        [not isinstance(step, Anchor) for step in program.unrolled], policy if _can_record() else StoreAll()
+    )
+    for segment in plan:
+        here = calls[segment.start : segment.stop]
+        if segment.kind == "store":
+            streams, extra = _plain(here, streams, arguments)
+        else:
+            streams, extra = Tape(segment.kind, streams, arguments).record(here, streams, arguments)
+        aux += extra
+    return streams, aux
+
+
+def make_calls(program: Program, blocks: Sequence[Any]) -> list[Call]:
+    """Give each step its block, in running order."""
+    numbers = iter(range(len(blocks)))
+    calls = []
+    for index, step in enumerate(program.unrolled):
+        number = next(numbers) if step.block else None
+        calls.append(Call(index, step, None if number is None else blocks[number], number))
+    return calls
+
+
+def _plain(calls: Sequence[Call], streams: Streams, arguments: Arguments) -> tuple[Streams, list[tuple[Any, ...]]]:
+    aux = []
+    for call in calls:
+        f, extra = call.evaluate(streams, arguments)
+        streams = call.merge(streams, f)
+        if call.step.block:
+            aux.append(extra)
+    return streams, aux
+
+
+def _can_record() -> bool:
+    """Invariant 9: under ``torch.func``, forward-mode differentiation, tracing and export, keep everything."""
+    return (
+        torch.is_grad_enabled()
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_exporting()
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _detached(f: Any) -> Any:
+    return tuple(part.detach() for part in f) if isinstance(f, tuple) else f.detach()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _difference(now: list[Meta], then: list[Meta]) -> str:
+    if len(now) != len(then):
+        return f"it saved {len(now)} tensors, and {len(then)} the first time"
+    k = next(k for k, (a, b) in enumerate(zip(now, then, strict=True)) if a != b)
+    return f"saved tensor {k} is {_describe(now[k])}, and was {_describe(then[k])}"
+
+
+def _describe(meta: Meta) -> str:
+    return f"{str(meta[1]).removeprefix('torch.')}{tuple(meta[0])}"
