@@ -1,0 +1,57 @@
+# Every target sets up its environment first, which takes a minute the first time and nothing after that.
+
+PYTHON      ?= python3
+EXTRAS      ?= torch,jax,demo,dev
+PYTEST_ARGS ?= -n 2
+ARGS        ?=
+# SYSTEM_SITE_PACKAGES=1: use the packages that PYTHON already has (a system image's torch and jax), in a venv apart.
+SYSTEM_SITE_PACKAGES ?=
+
+VENV  := .venv$(if $(SYSTEM_SITE_PACKAGES),-system)
+BIN   := $(VENV)/bin
+READY := $(VENV)/.ready-$(EXTRAS)
+
+.PHONY: help setup test lint unit format demo clean distclean
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@echo
+	@echo "Settings: PYTHON=python3.12  PYTEST_ARGS='-n 2 -k NAME'  ARGS='--steps 10' (demo)  EXTRAS=torch,dev"
+	@echo "          SYSTEM_SITE_PACKAGES=1 (test with the packages that PYTHON has, unpinned and offline if need be)"
+
+$(READY): pyproject.toml constraints.txt scripts/bootstrap.py
+	@$(PYTHON) scripts/bootstrap.py $(if $(SYSTEM_SITE_PACKAGES),--system-site-packages) $(VENV) $(EXTRAS)
+	@touch $@
+
+setup: $(READY) ## create the virtual environment, if it is not there yet
+
+# A machine's own packages are for running the tests with: linters and warnings judge by the pinned versions alone.
+test: $(if $(SYSTEM_SITE_PACKAGES),,lint) unit ## run the linters and all tests
+
+# Pyright's wrapper would ask the network for a newer release on every run.
+lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+lint: $(READY) ## run ruff and pyright
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m pyright
+
+# The test processes share the machine: one thread each, and no process takes a whole GPU for itself.
+unit: export OMP_NUM_THREADS := 1
+unit: export XLA_PYTHON_CLIENT_PREALLOCATE := false
+unit: $(READY) ## run the tests and doctests
+	$(BIN)/python -m pytest $(if $(SYSTEM_SITE_PACKAGES),-W default) $(PYTEST_ARGS)
+
+format: $(READY) ## format the code and apply ruff's safe fixes
+	$(BIN)/python -m ruff check --fix-only
+	$(BIN)/python -m ruff format
+
+demo: $(READY) ## train a reversible network and show what it took; ARGS="--help" lists its options
+	$(BIN)/python -m revcore demo $(ARGS)
+
+clean: ## remove caches, builds and what the demo wrote
+	rm -rf build dist demo *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -name '.venv*' -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove the virtual environments too
+	rm -rf .venv .venv-system
