@@ -25,8 +25,8 @@ def check_streams(
     """Return ``streams`` as a tuple, or say which is none: count, kind, dtype (float or complex) and shape."""
     if is_array(streams) or not isinstance(streams, Sequence):
         raise SpecError(
-            f"streams came as one {type(streams).__name__}, expected a tuple of {program.num_streams} {kind}s: part the "
-            "input first, or use ReversibleSequential, which does"
+            f"streams came as one {type(streams).__name__}, expected a tuple of {program.num_streams} {kind}s: part "
+            "the input first, or use ReversibleSequential, which does"
         )
     streams = tuple(streams)
     if len(streams) != program.num_streams:
@@ -36,14 +36,14 @@ def check_streams(
             raise SpecError(f"stream {i} came as {type(stream).__name__}, expected a {kind}")
         if not is_inexact(stream):
             raise SpecError(
-                f"stream {i} came as a {kind} of {stream.dtype}, expected a floating-point or complex dtype: streams carry "
-                "gradients, so embed or convert the input first"
+                f"stream {i} came as a {kind} of {stream.dtype}, expected a floating-point or complex dtype: streams "
+                "carry gradients, so embed or convert the input first"
             )
     shapes = [tuple(stream.shape) for stream in streams]
     if program.same_shape and len(set(shapes)) > 1:
         raise SpecError(
-            f"streams came with shapes {', '.join(map(str, shapes))}, expected one shape for all (a program whose streams "
-            "differ by design says Program(..., same_shape=False))"
+            f"streams came with shapes {', '.join(map(str, shapes))}, expected one shape for all (a program whose "
+            "streams differ by design says Program(..., same_shape=False))"
         )
     return streams
 
@@ -57,7 +57,8 @@ def check_blocks(program: Program, blocks: Any, expected: int, *, repeats_once: 
     if len(blocks) != expected:
         how = " (a Repeat's blocks once, their parameters stacked)" if repeats_once else ""
         raise SpecError(
-            f"{len(blocks)} blocks came, but the program takes {expected}{how}: give one for each step that calls a block"
+            f"{len(blocks)} blocks came, but the program takes {expected}{how}: give one for each step that calls a "
+            "block"
         )
     return blocks
 
@@ -66,8 +67,9 @@ def check_split(size: int, num_streams: int, axis_name: str, axis: int) -> None:
     """Refuse to part an axis that does not divide."""
     if size % num_streams:
         raise SpecError(
-            f"the input has size {size} along {axis_name} {axis}, which does not part into {num_streams} equal streams: "
-            f"use a size divisible by {num_streams}, another {axis_name}, or {axis_name}=None to give every stream the whole"
+            f"the input has size {size} along {axis_name} {axis}, which does not part into {num_streams} equal "
+            f"streams: use a size divisible by {num_streams}, another {axis_name}, or {axis_name}=None to give every "
+            "stream the whole"
         )
 
 
@@ -90,8 +92,8 @@ def check_coupled(index: int, y: Any, target: Any) -> None:
     if tuple(y.shape) != tuple(target.shape) or y.dtype != target.dtype:
         raise SpecError(
             f"step {index} turned a stream of {target.dtype}, shape {tuple(target.shape)}, into {y.dtype}, shape "
-            f"{tuple(y.shape)}: a stream keeps its dtype and shape. Convert the block's output to the stream's dtype, or "
-            "hold the streams in the wider dtype from the start (float32 streams go with narrower blocks)"
+            f"{tuple(y.shape)}: a stream keeps its dtype and shape. Convert the block's output to the stream's dtype, "
+            "or hold the streams in the wider dtype from the start (float32 streams go with narrower blocks)"
         )
 
 

@@ -66,8 +66,8 @@ def check_coupling(
     Args:
         coupling: the coupling to check.
         shape: the shape of the random ``x`` and ``f``; give a real one where the coupling holds arrays.
-        asarray: makes the library's array of a NumPy array (``torch.from_numpy``, ``jax.numpy.asarray``), for a coupling
-            whose functions work on that library's arrays only.
+        asarray: makes the library's array of a NumPy array (``torch.from_numpy``, ``jax.numpy.asarray``), for a
+            coupling whose functions work on that library's arrays only.
         seed: of a generator of its own; no global random state is touched.
 
     Returns:
@@ -101,8 +101,8 @@ explain ...). forward is y = 0.9·x + 0.1·f, whose inverse is x = (y - 0.1·f) 
         allowed = _ROUNDINGS * np.finfo(dtype).eps * max(1.0, amplification) * scale
         if not error <= allowed:
             raise SpecError(
-                f"{probe.name}: inverse(forward(x, f), f) is off by {error:.1e} of x in {dtype} (rounding would explain "
-                f"{allowed:.1e}). {probe.right_inverse()}"
+                f"{probe.name}: inverse(forward(x, f), f) is off by {error:.1e} of x in {dtype} (rounding would "
+                f"explain {allowed:.1e}). {probe.right_inverse()}"
             )
         round_trip[dtype] = error
     return CouplingReport(probe.name, round_trip, amplification, probe.check_vjp())
@@ -113,9 +113,8 @@ class _Probe:
 
     def __init__(self, coupling: Coupling, shape: tuple[int, ...], asarray: Callable[[Any], Any], rng: Any) -> None:
         self.coupling, self.shape, self.asarray, self.rng = coupling, shape, asarray, rng
-        self.name = (
-            type(coupling).__name__ if getattr(coupling, "name", None) is None else f"coupling {coupling.name!r}"
-        )  # type: ignore[attr-defined]
+        given = getattr(coupling, "name", None)
+        self.name = type(coupling).__name__ if given is None else f"coupling {given!r}"
 
     def draw(self, dtype: str) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
         def one() -> np.ndarray:
@@ -138,8 +137,8 @@ class _Probe:
         y = self.forward(x, f)
         if y.shape != x.shape or y.dtype != x.dtype:
             raise SpecError(
-                f"{self.name}: forward turned x of {x.dtype}, shape {x.shape}, into {y.dtype}, shape {y.shape}: a coupling "
-                "keeps the stream's dtype and shape"
+                f"{self.name}: forward turned x of {x.dtype}, shape {x.shape}, into {y.dtype}, shape {y.shape}: a "
+                "coupling keeps the stream's dtype and shape"
             )
         if not np.isfinite(y).all():
             raise SpecError(f"{self.name}: forward gave non-finite values on standard normal x and f")
@@ -192,8 +191,9 @@ class _Probe:
             error = abs(got - expected) / scale
             if not error <= (1e-13 if exact else 1e-7) * np.sqrt(gy.size):
                 raise SpecError(
-                    f"{self.name}: vjp's gradient of {name} gives {got:.6g} along a random direction, but forward's derivative "
-                    f"there is {expected:.6g} (off by {error:.1e}): vjp(x, f, gy) must return the gradients of sum(gy·forward(x, f))"
+                    f"{self.name}: vjp's gradient of {name} gives {got:.6g} along a random direction, but forward's "
+                    f"derivative there is {expected:.6g} (off by {error:.1e}): vjp(x, f, gy) must return the "
+                    "gradients of sum(gy·forward(x, f))"
                 )
             worst = max(worst, error)
         return worst

@@ -148,7 +148,8 @@ split, merge, same_shape
         header = (fields.pop("format", None), fields.pop("version", None))
         if header != (_FORMAT, _VERSION):
             raise SpecError(
-                f"Program.from_dict: came format {header[0]!r} version {header[1]!r}, expected {_FORMAT!r} version {_VERSION}"
+                f"Program.from_dict: came format {header[0]!r} version {header[1]!r}, expected {_FORMAT!r} version "
+                f"{_VERSION}"
             )
         return _build(Program, fields, functions or {}, extra=("format", "version"))
 
@@ -156,7 +157,8 @@ split, merge, same_shape
 def _check_range(index: int, step: Primitive, n: int) -> None:
     if isinstance(step, Couple) and max(step.target, *step.sources) >= n:
         raise SpecError(
-            f"Program: step {index} is {step}, but there are {n} streams (0 … {n - 1}): raise num_streams or lower the index"
+            f"Program: step {index} is {step}, but there are {n} streams (0 … {n - 1}): raise num_streams or lower "
+            "the index"
         )
     if isinstance(step, Bijection) and isinstance(step.forward, Permute) and len(step.forward.order) != n:
         raise SpecError(f"Program: step {index} permutes {len(step.forward.order)} streams, but there are {n}")
@@ -206,8 +208,8 @@ def _from_data(value: Any, functions: Mapping[str, Any]) -> Any:
         name = fields.pop("name", None)
         if fields or name not in functions:
             raise SpecError(
-                f"Program.from_dict: the program uses {name!r}, which is made of code: pass functions={{{name!r}: ...}} "
-                f"(came: {sorted(functions) or 'none'})"
+                f"Program.from_dict: the program uses {name!r}, which is made of code: pass "
+                f"functions={{{name!r}: ...}} (came: {sorted(functions) or 'none'})"
             )
         return functions[name]
     if kind not in _KINDS:

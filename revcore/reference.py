@@ -1,7 +1,7 @@
 """The oracle: a program run in NumPy float64, and differentiated by the complex step.
 
-``Im F(x + i·h·d) / h`` with ``h = 1e-20`` is the derivative of an analytic ``F`` along ``d`` to the last digit: there is
-no difference to cancel and no hand-written adjoint to be wrong (Squire and Trapp, SIAM Review 40, 1998). Blocks must
+``Im F(x + i·h·d) / h`` with ``h = 1e-20`` is the derivative of an analytic ``F`` along ``d`` to the last digit: there
+is no difference to cancel and no hand-written adjoint to be wrong (Squire and Trapp, SIAM Review 40, 1998). Blocks must
 be analytic functions of NumPy arrays: tanh, not ReLU; and no ``abs``, comparison or conjugate.
 """
 
@@ -123,7 +123,7 @@ def gradient(function: Callable[[Any], Any], arrays: Any) -> Any:
         for index in np.ndindex(array.shape):
             array[index] += 1j * _STEP
             result[index] = np.imag(function(moved)) / _STEP
-            array[index] = array[index].real
+            array[index] -= 1j * _STEP
         return result
 
     return _zip_map(leaf, moved, moved)
@@ -131,7 +131,8 @@ def gradient(function: Callable[[Any], Any], arrays: Any) -> Any:
 
 def _map_of(step: Anchor | Bijection, block: Any) -> Callable[..., Any]:
     if block is None:
-        assert isinstance(step, Bijection) and step.forward is not None
+        assert isinstance(step, Bijection)
+        assert step.forward is not None
         return step.forward
     return block.forward if hasattr(block, "forward") else block
 

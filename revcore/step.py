@@ -198,8 +198,8 @@ class Bijection:
         given = [f for f in (self.forward, self.inverse) if f is not None]
         if len(given) == 1 or not all(callable(f) for f in given):
             raise SpecError(
-                f"Bijection: forward came as {self.forward!r} and inverse as {self.inverse!r}, expected two functions of "
-                "the streams, or neither (then the block at this place supplies both)"
+                f"Bijection: forward came as {self.forward!r} and inverse as {self.inverse!r}, expected two functions "
+                "of the streams, or neither (then the block at this place supplies both)"
             )
 
     @property

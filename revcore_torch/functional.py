@@ -19,6 +19,7 @@ from revcore_torch.tape import Arguments, make_calls, run
 Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
 
 
+@torch._disable_dynamo  # invariant 10  # pyright: ignore[reportPrivateImportUsage]
 def reversible(
     program: Program,
     blocks: Sequence[Any],
@@ -124,8 +125,8 @@ def _check(
         layerwise = tuple(layerwise)
         if len(layerwise) != len(blocks) or not all(_is_pair(pair) for pair in layerwise):
             raise SpecError(
-                f"layerwise_args_kwargs came with {len(layerwise)} entries, expected one (args, kwargs) pair for each of the "
-                f"{len(blocks)} blocks: write [((), {{'mask': m}}) for m in masks]"
+                f"layerwise_args_kwargs came with {len(layerwise)} entries, expected one (args, kwargs) pair for each "
+                f"of the {len(blocks)} blocks: write [((), {{'mask': m}}) for m in masks]"
             )
     return program, blocks, streams, Arguments(args, kwargs, layerwise)
 

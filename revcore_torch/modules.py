@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +35,16 @@ class ReversibleSequential(nn.Sequential):
         *modules: the blocks, or one ``OrderedDict`` of them. Their names in ``state_dict`` are ``nn.Sequential``'s.
         split_dim: the dimension that is parted; ``None`` gives every stream the whole input and returns their mean.
         coupling: a :class:`revcore.Coupling`, or a list that is cycled over the steps; additive by default.
-        coupling_forward: ``y = coupling_forward(x, f)``, instead of ``coupling``; one function, or a list that is cycled.
+        coupling_forward: ``y = coupling_forward(x, f)``, instead of ``coupling``; one function, or a list to cycle.
         coupling_inverse: ``x = coupling_inverse(y, f)``, its true inverse; checked on random values here and now.
         num_streams: how many streams; at least 2.
         program: any :class:`revcore.Program`, instead of ``coupling`` and ``num_streams``; its ``split`` and ``merge``
             say how streams are made.
-        policy: what the backward pass keeps and rebuilds; never changes a value. May be set later (``model.policy = …``).
+        policy: what the backward pass keeps and rebuilds; never changes a value. ``model.policy`` may be set later.
 
     Raises:
-        SpecError: arguments that contradict each other, a coupling without a true inverse; on a call, an input that does
-            not part, and all that :func:`reversible` raises.
+        SpecError: arguments that contradict each other, a coupling without a true inverse; on a call, an input that
+            does not part, and all that :func:`reversible` raises.
 
     >>> import torch
     >>> model = ReversibleSequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
@@ -52,10 +53,6 @@ class ReversibleSequential(nn.Sequential):
     True
     """
 
-    @overload
-    def __init__(self, *modules: nn.Module, **settings: Any) -> None: ...
-    @overload
-    def __init__(self, arg: OrderedDict[str, nn.Module], /, **settings: Any) -> None: ...
     def __init__(
         self,
         *modules: Any,
@@ -117,7 +114,7 @@ class ReversibleSequential(nn.Sequential):
         )
         return part.train(self.training)
 
-    def forward(self, input: Tensor, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Any:  # noqa: A002
+    def forward(self, input: Tensor, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Any:
         """Return the output, of the input's shape; ``(output, aux)`` where a block returned more than its ``f``.
 
         ``*args`` and ``**kwargs`` go to every block after its source; ``layerwise_args_kwargs`` holds one more
@@ -146,8 +143,8 @@ class ReversibleSequential(nn.Sequential):
         split, merge = self._split_and_merge
         if (split, merge) != ("chunk", "concat"):
             raise SpecError(
-                f"inverse needs streams made by 'chunk' and joined by 'concat', but here they are made by {split!r} and "
-                f"joined by {merge!r}: use revcore_torch.inverse on the streams"
+                f"inverse needs streams made by 'chunk' and joined by 'concat', but here they are made by {split!r} "
+                f"and joined by {merge!r}: use revcore_torch.inverse on the streams"
             )
         streams = inverse(
             self.program,
@@ -171,7 +168,7 @@ class ReversibleSequential(nn.Sequential):
             raise SpecError("the program parts its input or joins its streams along a dimension: give split_dim")
         return self.split_dim
 
-    def _split(self, input: Any) -> tuple[Tensor, ...]:  # noqa: A002
+    def _split(self, input: Any) -> tuple[Tensor, ...]:
         if not isinstance(input, Tensor):
             raise SpecError(f"the input came as {type(input).__name__}, expected a tensor")
         n, split = self.num_streams, self._split_and_merge[0]
@@ -193,7 +190,7 @@ class ReversibleSequential(nn.Sequential):
             return torch.cat(streams, self._dim)
         if merge == "last":
             return streams[-1]
-        total = torch.stack(streams).sum(0) if len(streams) > 2 else streams[0] + streams[1]
+        total = functools.reduce(torch.add, streams)
         return total / len(streams) if merge == "mean" else total
 
     def extra_repr(self) -> str:
@@ -209,8 +206,8 @@ def couplings_from_functions(forward: Any, inverse: Any) -> list[Coupling]:
     forwards, inverses = as_list(forward), as_list(inverse)
     if len(forwards) != len(inverses):
         raise SpecError(
-            f"{len(forwards)} coupling_forward and {len(inverses)} coupling_inverse came, expected as many of one as of the "
-            "other: they are used in pairs"
+            f"{len(forwards)} coupling_forward and {len(inverses)} coupling_inverse came, expected as many of one as "
+            "of the other: they are used in pairs"
         )
     couplings: list[Coupling] = [Coupling.from_functions(f, g) for f, g in zip(forwards, inverses, strict=True)]
     for coupling in couplings:

@@ -187,13 +187,13 @@ def check_parameters(index: int, block: Any, then: ParameterVersions) -> None:
         if any(_is_distributed(p) for m in _modules(block) for p in m._parameters.values()):
             return  # sharded and gathered parameters are different objects, and hold the same numbers
         cause = (
-            "its parameters are other objects than in the forward pass. Under torch.func.functional_call, take the gradient "
-            "inside it (torch.func.grad), or call backward before the parameters are swapped back"
+            "its parameters are other objects than in the forward pass. Under torch.func.functional_call, take the "
+            "gradient inside it (torch.func.grad), or call backward before the parameters are swapped back"
         )
     else:
         cause = (
-            "its parameters were changed in place after the forward pass (an optimizer step, or weights loaded, before the "
-            "backward pass). Call backward first, or run the forward pass again"
+            "its parameters were changed in place after the forward pass (an optimizer step, or weights loaded, "
+            "before the backward pass). Call backward first, or run the forward pass again"
         )
     raise InversionError(f"block of step {index} cannot be run again: {cause}")
 

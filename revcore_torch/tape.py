@@ -9,6 +9,7 @@ in ``docs/design.md``.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -100,22 +101,31 @@ class Arguments:
 class Frame:
     """What the tape remembers of one step: no tensor of the streams' size."""
 
-    __slots__ = ("buffers", "call", "coupling_saved", "live", "metas", "parameters", "random", "requires_grad")
+    __slots__ = ("buffers", "call", "coupling_saved", "layout", "live", "metas", "parameters", "random")
 
     def __init__(self, call: Call, streams: Sequence[Tensor]) -> None:
         self.call = call
-        self.requires_grad = tuple(s.requires_grad for s in streams)
+        self.layout = tuple((s.requires_grad, s.stride()) for s in streams)
         self.parameters = replay.parameter_versions(call.block)
         self.buffers = replay.Buffers(call.block)
         self.random: replay.RandomState | None = None
         self.metas: list[Meta] = []
         self.coupling_saved = False
         # while the block runs for the first time: it may differentiate inside itself, and then asks for them
-        self.live: list[Tensor] | None = []
+        self.live: list[Tensor] | None = None
 
     def leaves(self, streams: Sequence[Tensor]) -> list[Tensor]:
-        """Return the streams as the step met them: graph leaves, with the gradients it needed."""
-        return [s.detach().requires_grad_(r) for s, r in zip(streams, self.requires_grad, strict=True)]
+        """Return the streams as the step met them: leaves of a graph, with its flags and strides.
+
+        Kernels choose their path, and so what they save and how they round, by the strides.
+        """
+        result = []
+        for stream, (requires_grad, stride) in zip(streams, self.layout, strict=True):
+            leaf = stream.detach()
+            if leaf.stride() != stride:
+                leaf = torch.empty_strided(leaf.shape, stride, dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+            result.append(leaf.requires_grad_(requires_grad))
+        return result
 
 
 class Pass:
@@ -156,7 +166,8 @@ class Tape:
         self, calls: Sequence[Call], streams: Streams, arguments: Arguments
     ) -> tuple[Streams, list[tuple[Any, ...]]]:
         """Run the steps, build their graph, and keep what the way back starts from."""
-        given = streams
+        # no stream could be rebuilt with strides that overlap (an expanded input)
+        streams = given = tuple(s.contiguous() if 0 in s.stride() else s for s in streams)
         leaves = pytree.tree_leaves((arguments.args, arguments.kwargs, arguments.layerwise))
         tensors = tuple(leaves[i] for i in self.places)
         versions = [_version(t) for t in tensors]
@@ -182,15 +193,8 @@ class Tape:
     def _first(self, call: Call, streams: Streams, arguments: Arguments) -> tuple[Streams, tuple[Any, ...]]:
         frame, index = Frame(call, streams), len(self.frames)
         self.frames.append(frame)
-        live = frame.live
-        assert live is not None
-
-        def pack(tensor: Tensor) -> Handle:
-            live.append(tensor)
-            frame.metas.append((tensor.shape, tensor.dtype))
-            return index, len(live) - 1
-
-        with saved_tensors_hooks(pack, self.unpack):
+        frame.live = live = []
+        with saved_tensors_hooks(_Pack(index, live, frame.metas), self.unpack):
             f, aux = call.evaluate(streams, arguments)
             by_block = len(live)
             streams = call.merge(streams, f)
@@ -287,13 +291,11 @@ class Tape:
             return streams
         collected: list[Tensor] = []
         with self._replaying(frame, collected):
-            leaves = frame.leaves(streams)
-            f, _ = call.evaluate(leaves, arguments)
+            f, _ = call.evaluate(frame.leaves(streams), arguments)
             with torch.no_grad():
                 streams = call.undo(streams, _detached(f), arguments)
             if frame.coupling_saved:
-                leaves[step.target] = frame.leaves(streams)[step.target]
-                call.merge(leaves, f)
+                call.merge(frame.leaves(streams), f)
         self._hold(walk, index, collected)
         return streams
 
@@ -312,17 +314,12 @@ class Tape:
     def _replaying(self, frame: Frame, collected: list[Tensor]) -> Iterator[None]:
         """Everything that makes the second run of a block equal the first (invariants 6 and 7)."""
         replay.check_parameters(frame.call.index, frame.call.block, frame.parameters)
-
-        def collect(tensor: Tensor) -> int:
-            collected.append(tensor.detach())
-            return len(collected) - 1
-
         with (
             replay.recomputing(),
             replay.random_state_as(self.devices, frame.random),
             replay.autocast_as(self.devices, self.autocast),
             frame.buffers.as_before(),
-            saved_tensors_hooks(collect, collected.__getitem__),
+            saved_tensors_hooks(_Collect(collected), collected.__getitem__),
             torch.enable_grad(),
         ):
             yield
@@ -333,11 +330,48 @@ class Tape:
         metas = [(t.shape, t.dtype) for t in collected]
         if metas != frame.metas:
             raise InversionError(
-                f"block of step {frame.call.index} ran differently the second time: {_difference(metas, frame.metas)}. It "
-                "must do the same on the same input: look for a branch on outside state (a counter, a cache, training mode "
-                "switched between forward and backward), or use policy=StoreAll()"
+                f"block of step {frame.call.index} ran differently the second time: "
+                f"{_difference(metas, frame.metas)}. It must do the same on the same input: look for a branch on "
+                "outside state (a counter, a cache, training mode switched between forward and backward), or use "
+                "policy=StoreAll()"
             )
         walk.saved.update(((index, k), tensor) for k, tensor in enumerate(collected))
+
+
+class _Pack:
+    """The pack hook of a step's first run: keeps nothing but form (invariant 1)."""
+
+    __slots__ = ("index", "live", "metas")
+
+    def __init__(self, index: int, live: list[Tensor], metas: list[Meta]) -> None:
+        self.index, self.live, self.metas = index, live, metas
+
+    def __call__(self, tensor: Tensor) -> Handle:
+        self.live.append(tensor)
+        self.metas.append((tensor.shape, tensor.dtype))
+        return self.index, len(self.live) - 1
+
+
+class _Collect:
+    """The pack hook of a step's second run."""
+
+    __slots__ = ("collected",)
+
+    def __init__(self, collected: list[Tensor]) -> None:
+        self.collected = collected
+
+    def __call__(self, tensor: Tensor) -> int:
+        self.collected.append(tensor.detach())
+        return len(self.collected) - 1
+
+
+@functools.cache
+def _keep_dynamo_out() -> None:
+    """A compiled block calls these hooks from inside its graph, where dynamo would try to compile them too."""
+    from torch._dynamo.eval_frame import skip_code
+
+    for hook in (_Pack, _Collect):
+        skip_code(hook.__call__.__code__)
 
 
 class _Ensure:
@@ -379,6 +413,7 @@ def run(
     program: Program, blocks: Sequence[Any], streams: Streams, arguments: Arguments, policy: Policy
 ) -> tuple[Streams, list[tuple[Any, ...]]]:
     """Run ``program`` under ``policy``: the streams in their own order, and one tuple of auxiliary outputs a block."""
+    _keep_dynamo_out()
     calls = make_calls(program, blocks)
     aux: list[tuple[Any, ...]] = []
     plan = segments(
@@ -418,10 +453,10 @@ def _can_record() -> bool:
     """Invariant 9: under ``torch.func``, forward-mode differentiation, tracing and export, keep everything."""
     return (
         torch.is_grad_enabled()
-        and torch._C._autograd._saved_tensors_hooks_is_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
         and torch.autograd.forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
+        and not torch._C._get_tracing_state()
         and not torch.compiler.is_exporting()
     )
 
