@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from revcore import parity as parity
     from revcore import reference as reference
     from revcore.laws import CouplingReport as CouplingReport
+    from revcore.laws import InverseReport as InverseReport
     from revcore.laws import check_coupling as check_coupling
 
 __version__ = "0.1.0"
@@ -38,6 +39,7 @@ __all__ = [
     "Couple",
     "Coupling",
     "CouplingReport",
+    "InverseReport",
     "InversionError",
     "Momentum",
     "Policy",
@@ -61,6 +63,7 @@ __all__ = [
 # These need NumPy, which `import revcore` does not load.
 _LAZY = {
     "CouplingReport": "revcore.laws",
+    "InverseReport": "revcore.laws",
     "check_coupling": "revcore.laws",
     "parity": "revcore.parity",
     "reference": "revcore.reference",

@@ -10,7 +10,7 @@ And one figure: by how much a single inverse step amplifies an error in ``y``, w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,52 @@ class CouplingReport:
         lines.append(f"  error of one inverse step grows by {self.amplification:.3g}")
         lines.append("  vjp left to autodiff" if self.vjp_error is None else f"  vjp error {self.vjp_error:.1e}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class InverseReport:
+    """What a backend's ``check_inverse`` measured, one entry for each step, from the input to the output.
+
+    Attributes:
+        steps: the kind of each primitive step, in running order.
+        local: relative error of a step's input, rebuilt from its exact output.
+        drift: relative error of a step's input, rebuilt on a walk back from the network's output (or from the next
+            anchor, whose input is kept).
+
+    >>> report = InverseReport(("Couple", "Couple"), (1e-7, 0.0), (3e-7, 1e-7))
+    >>> report.worst
+    3e-07
+    >>> print(report)
+     step                 local     drift
+        0  Couple       1.0e-07   3.0e-07
+        1  Couple       0.0e+00   1.0e-07
+    """
+
+    steps: tuple[str, ...]
+    local: tuple[float, ...]
+    drift: tuple[float, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest error of any rebuilt input; NaN if one is."""
+        return float(np.max(self.drift, initial=0.0))
+
+    def __str__(self) -> str:
+        rows = zip(self.steps, self.local, self.drift, strict=True)
+        lines = [f"{i:5}  {step:9}  {local:9.1e} {drift:9.1e}" for i, (step, local, drift) in enumerate(rows)]
+        return "\n".join([f"{'step':>5}  {'':9}  {'local':>9} {'drift':>9}", *lines])
+
+
+def relative_error(got: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Return ``‖got − expected‖ / ‖expected‖`` (L2) over all arrays together; NaN if any is.
+
+    >>> relative_error([np.array([3.0, 5.0])], [np.array([3.0, 4.0])])
+    0.2
+    """
+    wide = [(np.asarray(a, np.complex128), np.asarray(b, np.complex128)) for a, b in zip(got, expected, strict=True)]
+    off = sum(float(np.sum(np.abs(a - b) ** 2)) for a, b in wide)
+    size = sum(float(np.sum(np.abs(b) ** 2)) for _, b in wide)
+    return float(np.sqrt(np.divide(off, size))) if off else 0.0
 
 
 def check_coupling(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from revcore.policy import Checkpoint, Reverse, StoreAll
 from revcore_torch.functional import inverse, reversible
-from revcore_torch.modules import ReversibleSequential
+from revcore_torch.modules import ReversibleSequential, check_inverse
 from revcore_torch.replay import is_recomputing
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Reverse",
     "ReversibleSequential",
     "StoreAll",
+    "check_inverse",
     "inverse",
     "is_recomputing",
     "reversible",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from revcore.checks import check_blocks, check_program, check_streams
 from revcore.errors import InversionError, SpecError
+from revcore.laws import InverseReport, relative_error
 from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program
 from revcore.step import Anchor
 from revcore_torch import replay
-from revcore_torch.tape import Arguments, make_calls, run
+from revcore_torch.tape import Arguments, Call, make_calls, run
 
 Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
 
@@ -98,18 +100,63 @@ def inverse(
         if isinstance(step, Anchor):
             raise SpecError(f"step {index} is an Anchor, which has no inverse")
     current = tuple(streams[program.output.index(i)] for i in range(program.num_streams))
-    devices = replay.random_devices(current)
     for call in reversed(make_calls(program, blocks)):
-        random, buffers = replay.random_state(devices), replay.Buffers(call.block)
-        with buffers.as_now():
-            current = call.undo(current, call.evaluate(current, arguments)[0] if call.is_coupled else None, arguments)
-        if replay.random_state(devices) != random:
-            replay.set_random_state(devices, random)
-            raise InversionError(
-                f"block of step {call.index} draws random numbers, and those of the forward pass are not known: call "
-                "eval() before both the forward pass and its inverse"
-            )
+        current = _undo(call, current, arguments)
     return current
+
+
+def inverse_report(
+    program: Program,
+    blocks: Sequence[Any],
+    streams: Sequence[Tensor],
+    *args: Any,
+    layerwise_args_kwargs: Layerwise = None,
+    **kwargs: Any,
+) -> InverseReport:
+    """The functional form of :func:`revcore_torch.check_inverse`."""
+    program, blocks, streams, arguments = _check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
+    calls, states = make_calls(program, blocks), [streams]
+    local, drift = [], []
+    with torch.no_grad():
+        for call in calls:
+            with _without_trace(call, states[-1]):
+                states.append(call.merge(states[-1], call.evaluate(states[-1], arguments)[0]))
+        current = states[-1]
+        for call, before, after in reversed(list(zip(calls, states[:-1], states[1:], strict=True))):
+            if isinstance(call.step, Anchor):  # its input is kept, so the walk starts anew there
+                exact = current = before
+            else:
+                exact, current = _undo(call, after, arguments), _undo(call, current, arguments)
+            local.append(_error(exact, before))
+            drift.append(_error(current, before))
+    return InverseReport(tuple(type(c.step).__name__ for c in calls), tuple(local[::-1]), tuple(drift[::-1]))
+
+
+def _undo(call: Call, streams: tuple[Tensor, ...], arguments: Arguments) -> tuple[Tensor, ...]:
+    with _without_trace(call, streams):
+        return call.undo(streams, call.evaluate(streams, arguments)[0] if call.is_coupled else None, arguments)
+
+
+@contextlib.contextmanager
+def _without_trace(call: Call, streams: tuple[Tensor, ...]) -> Iterator[None]:
+    """Let the block run, put its buffers back, and refuse it if it drew random numbers."""
+    devices = replay.random_devices(streams)
+    random = replay.random_state(devices)
+    with replay.Buffers(call.block).as_now():
+        yield
+    if replay.random_state(devices) != random:
+        replay.set_random_state(devices, random)
+        raise InversionError(
+            f"block of step {call.index} draws random numbers, and those of the forward pass are not known: call "
+            "eval() before both the forward pass and its inverse"
+        )
+
+
+def _error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    def wide(tensors: Sequence[Tensor]) -> list[Any]:
+        return [t.detach().to(torch.complex128).cpu().numpy() for t in tensors]
+
+    return relative_error(wide(got), wide(expected))
 
 
 def _check(
