@@ -21,7 +21,7 @@ from revcore_torch.tape import Arguments, Call, make_calls, run
 Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
 
 
-@torch._disable_dynamo  # invariant 10  # pyright: ignore[reportPrivateImportUsage]
+@torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
 def reversible(
     program: Program,
     blocks: Sequence[Any],

@@ -1,6 +1,6 @@
 """Running a block a second time as if it were the first: random numbers, autocast, buffers and parameters.
 
-Invariants 6 and 7 of ``docs/design.md`` live here; the tape decides when, this module knows how.
+Invariants T6 and T7 of ``docs/design.md`` live here; the tape decides when, this module knows how.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The engine: an ordinary autograd graph whose saved tensors are rebuilt when the backward pass asks for them.
 
-The forward pass builds the graph that a plain network would, under pack hooks that keep nothing (invariant 1). At the
-end, one small ``Function`` keeps the last streams (2). In the backward pass, each step's input is rebuilt from its
-output, and the block runs once more under hooks that collect what its graph needs (3, 4). The invariants are numbered
+The forward pass builds the graph that a plain network would, under pack hooks that keep nothing (T1). At the
+end, one small ``Function`` keeps the last streams (T2). In the backward pass, each step's input is rebuilt from its
+output, and the block runs once more under hooks that collect what its graph needs (T3, T4). The invariants are numbered
 in ``docs/design.md``.
 """
 
@@ -153,6 +153,7 @@ class Tape:
         self.frames: list[Frame] = []
         self.node: weakref.ref[Any] | None = None
         self.current: Pass | None = None
+        # T8: tensors stay with the graph; the tape keeps their places
         leaves, self.spec = pytree.tree_flatten((arguments.args, arguments.kwargs, arguments.layerwise))
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -166,7 +167,7 @@ class Tape:
         self, calls: Sequence[Call], streams: Streams, arguments: Arguments
     ) -> tuple[Streams, list[tuple[Any, ...]]]:
         """Run the steps, build their graph, and keep what the way back starts from."""
-        # no stream could be rebuilt with strides that overlap (an expanded input)
+        # T6: no stream could be rebuilt with strides that overlap (an expanded input)
         streams = given = tuple(s.contiguous() if 0 in s.stride() else s for s in streams)
         leaves = pytree.tree_leaves((arguments.args, arguments.kwargs, arguments.layerwise))
         tensors = tuple(leaves[i] for i in self.places)
@@ -183,7 +184,7 @@ class Tape:
             raise SpecError("a block changed one of its arguments in place, so it cannot run again: clone it first")
         kept = (*(given if self.kind == "checkpoint" else streams), *tensors)
         outputs, spec = pytree.tree_flatten((streams, aux))
-        # Invariant 2: every output that carries a gradient passes through the node that keeps them.
+        # Invariant T2: every output that carries a gradient passes through the node that keeps them.
         through = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if through:
             for i, leaf in zip(through, _Keep.apply(self, kept, *(outputs[i] for i in through)), strict=True):
@@ -203,7 +204,7 @@ class Tape:
         live.clear()
         frame.buffers.settle()
         if frame.metas:
-            # Invariant 3. A step that saved nothing is never asked for, and its grad_fn may be another step's.
+            # Invariant T3. A step that saved nothing is never asked for, and its grad_fn may be another step's.
             changed = (streams[call.step.target],) if isinstance(call.step, Couple) else streams
             for stream in changed:
                 if stream.grad_fn is not None:
@@ -213,7 +214,7 @@ class Tape:
     # --- backward -----------------------------------------------------------------------------------------------------
 
     def unpack(self, handle: Handle) -> Tensor:
-        """Return a saved tensor of a rebuilt step; each is handed out once (invariant 4)."""
+        """Return a saved tensor of a rebuilt step; each is handed out once (T4)."""
         live = self.frames[handle[0]].live
         if live is not None:
             return live[handle[1]]
@@ -230,7 +231,7 @@ class Tape:
 
     @contextlib.contextmanager
     def _walking(self) -> Iterator[Pass]:
-        """The state of this backward pass (invariant 5): begun where there is none, gone when it ends or fails."""
+        """The state of this backward pass (T5): begun where there is none, gone when it ends or fails."""
         task = torch._C._current_graph_task_id()
         if self.current is None or self.current.task != task:
             self.current = self._begin(task)
@@ -312,7 +313,7 @@ class Tape:
 
     @contextlib.contextmanager
     def _replaying(self, frame: Frame, collected: list[Tensor]) -> Iterator[None]:
-        """Everything that makes the second run of a block equal the first (invariants 6 and 7)."""
+        """Everything that makes the second run of a block equal the first (T6, T7)."""
         replay.check_parameters(frame.call.index, frame.call.block, frame.parameters)
         with (
             replay.recomputing(),
@@ -325,7 +326,7 @@ class Tape:
             yield
 
     def _hold(self, walk: Pass, index: int, collected: list[Tensor]) -> None:
-        """Keep the collected tensors for the nodes, if they are what the first run saved (invariant 7)."""
+        """Keep the collected tensors for the nodes, if they are what the first run saved (T7)."""
         frame = self.frames[index]
         metas = [(t.shape, t.dtype) for t in collected]
         if metas != frame.metas:
@@ -339,7 +340,7 @@ class Tape:
 
 
 class _Pack:
-    """The pack hook of a step's first run: keeps nothing but form (invariant 1)."""
+    """The pack hook of a step's first run: keeps nothing but form (T1)."""
 
     __slots__ = ("index", "live", "metas")
 
@@ -367,7 +368,7 @@ class _Collect:
 
 @functools.cache
 def _keep_dynamo_out() -> None:
-    """A compiled block calls these hooks from inside its graph, where dynamo would try to compile them too."""
+    """T10: a compiled block calls these hooks from inside its graph, where dynamo would try to compile them too."""
     from torch._dynamo.eval_frame import skip_code
 
     for hook in (_Pack, _Collect):
@@ -375,7 +376,7 @@ def _keep_dynamo_out() -> None:
 
 
 class _Ensure:
-    """A node's prehook. It holds the tape and a number, and no tensor: a cycle through C++ is never collected."""
+    """A node's prehook (T3). It holds the tape and a number, and no tensor (T8)."""
 
     __slots__ = ("index", "tape")
 
@@ -387,7 +388,7 @@ class _Ensure:
 
 
 class _Keep(torch.autograd.Function):
-    """The identity on a tape's outputs. Its node keeps the streams and arguments, and autograd says how long."""
+    """The identity on a tape's outputs. Its node keeps streams and arguments, and autograd says how long (T2)."""
 
     @staticmethod
     def forward(ctx: Any, tape: Tape, kept: tuple[Tensor, ...], *outputs: Tensor) -> tuple[Tensor, ...]:
@@ -450,7 +451,7 @@ def _plain(calls: Sequence[Call], streams: Streams, arguments: Arguments) -> tup
 
 
 def _can_record() -> bool:
-    """Invariant 9: under ``torch.func``, forward-mode differentiation, tracing and export, keep everything."""
+    """Invariant T9: under ``torch.func``, forward-mode differentiation, tracing and export, keep everything."""
     return (
         torch.is_grad_enabled()
         and torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
