@@ -24,7 +24,7 @@ from revcore.errors import InversionError, SpecError
 from revcore.policy import Policy, StoreAll, segments
 from revcore.program import Program
 from revcore.step import Anchor, Bijection, Couple, Primitive
-from revcore_torch import replay
+from revcore_torch import detect, replay
 
 Streams = tuple[Tensor, ...]
 Meta = tuple[torch.Size, torch.dtype]
@@ -101,7 +101,7 @@ class Arguments:
 class Frame:
     """What the tape remembers of one step: no tensor of the streams' size."""
 
-    __slots__ = ("buffers", "call", "coupling_saved", "layout", "live", "metas", "parameters", "random")
+    __slots__ = ("buffers", "call", "coupling_saved", "first_node", "layout", "live", "metas", "parameters", "random")
 
     def __init__(self, call: Call, streams: Sequence[Tensor]) -> None:
         self.call = call
@@ -111,6 +111,7 @@ class Frame:
         self.random: replay.RandomState | None = None
         self.metas: list[Meta] = []
         self.coupling_saved = False
+        self.first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         # while the block runs for the first time: it may differentiate inside itself, and then asks for them
         self.live: list[Tensor] | None = None
 
@@ -198,6 +199,7 @@ class Tape:
         with saved_tensors_hooks(_Pack(index, live, frame.metas), self.unpack):
             f, aux = call.evaluate(streams, arguments)
             by_block = len(live)
+            detect.warn_once(call.index, call.block, f, frame.first_node)
             streams = call.merge(streams, f)
         frame.coupling_saved = len(live) > by_block
         frame.live = None

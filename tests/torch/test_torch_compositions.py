@@ -732,6 +732,26 @@ def test_gradient_of_the_inside_after_the_outputs_are_gone_is_refused() -> None:
         caught[0].sum().backward()
 
 
+class Hoarder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = x
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * (1 - ctx.x.tanh() ** 2)
+
+
+def test_a_function_that_hides_tensors_from_hooks_is_named_once() -> None:
+    x = make_input()
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH)).double() for _ in range(2)]
+    blocks[1].register_forward_hook(lambda _, __, out: Hoarder.apply(out))
+    with pytest.warns(UserWarning, match=r"step 1 keeps tensors on ctx \(Hoarder\.x\)"):
+        reversible(revcore.revnet(2), blocks, x.chunk(2, 1))
+    reversible(revcore.revnet(2), blocks, x.chunk(2, 1))  # a second warning would be an error
+
+
 def test_is_recomputing_tells_the_second_run() -> None:
     seen = []
     model = ReversibleSequential(block(), block()).double()
