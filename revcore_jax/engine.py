@@ -1,0 +1,432 @@
+"""The JAX engine: a tree of steps with a forward and a backward each, under one ``jax.custom_vjp``.
+
+Read :func:`_forward` and :func:`_backward` side by side: for every kind of node one says what it does and what it
+keeps, the other how it gets its input back and what gradients it gives. Four things hold throughout.
+
+1. What is kept for the backward pass: parameters, shared arguments, the last streams, and what anchors keep. Never a
+   layer's input.
+2. Every leaf is an argument of the ``custom_vjp``; values that blocks close over are made arguments first
+   (:func:`revcore_jax.boundary.probe`). Leaves that are no floating-point or complex arrays (keys, integers) get
+   ``None`` for a gradient.
+3. Each step is jitted under its own identity (step, block, static arguments), so equal layers are traced once.
+4. In a sequence, a step's backward pass starts behind an ``optimization_barrier``. Rebuilding does not depend on the
+   cotangent, so without it XLA rebuilds all layers first and holds them all: reversible, and nothing saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from revcore.checks import check_stream_outputs
+from revcore.coupling import Coupling
+from revcore.errors import SpecError
+from revcore.policy import Policy, Reverse, StoreAll, check_policy
+from revcore.program import Program
+from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
+from revcore_jax.boundary import bind, probe
+from revcore_jax.plan import Anchored, Loop, Node, Parts, Recomputed, Seq, Stored, children, make_plan
+from revcore_jax.trees import Block, add, mask_float0, pullback, take, zeros
+
+Streams = tuple[Any, ...]
+Slots = tuple[Block, ...]
+
+
+# --- the public functions ---------------------------------------------------------------------------------------------
+
+
+def reversible(
+    program: Program,
+    blocks: Sequence[Any],
+    params: Sequence[Any],
+    streams: Sequence[Any],
+    *args: Any,
+    layerwise_args_kwargs: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None = None,
+    policy: Policy = Reverse(),  # noqa: B008 (frozen)
+    **kwargs: Any,
+) -> Any:
+    """Run ``program`` so that its backward pass rebuilds each step's input from its output.
+
+    A step computes ``y = coupling.forward(x, block(params_i, *sources, *args, **kwargs))``. Its backward pass gets
+    ``x`` back by ``coupling.inverse`` and evaluates the block once more, so activation memory does not grow with depth
+    (Gomez et al., arXiv 1707.04585).
+
+    Gradients of any order flow to ``params``, ``streams``, ``args``, ``kwargs``, ``layerwise_args_kwargs``, to whatever
+    a block closes over, and from auxiliary outputs. Forward mode (``jax.jvp``, ``jax.linearize``, ``jax.hessian``) is
+    refused by JAX for every ``custom_vjp``: take ``policy=StoreAll()`` or ``Checkpoint()`` for it.
+
+    Args:
+        program: what to run.
+        blocks: one function for each slot, ``program.num_slots`` of them: a ``Repeat``'s body once. Pure functions, as
+            for ``jax.jit``: each is traced once for all calls with equal shapes. A ``Bijection()`` takes an object with
+            ``forward(params, *streams, ...)`` and ``inverse(params, *streams, ...)``.
+        params: one pytree for each slot; inside ``Repeat(step, n)`` with a leading axis of ``n`` on every leaf
+            (:func:`revcore_jax.stack` makes it).
+        streams: ``program.num_streams`` arrays of a floating-point or complex dtype.
+        *args: handed to every block after its sources, as are ``**kwargs``. Arrays and typed keys are traced; other
+            leaves (``True``, ``"same"``, ``None``, Python numbers) are static, so a new value compiles anew.
+        layerwise_args_kwargs: one ``(args, kwargs)`` for each slot, handed to that block after the common ones; stacked
+            inside ``Repeat`` as ``params`` are. The place for a dropout key of each layer.
+        policy: what the backward pass keeps, in steps; inside a ``Repeat`` rounded to whole iterations.
+
+    Returns:
+        The streams in ``program.output`` order; ``(streams, aux)`` if any block returned more than its output, ``aux``
+        a list with one tuple for each slot, stacked inside ``Repeat``.
+
+    Raises:
+        SpecError: wrong counts, a stream that is no floating-point array, a block that changes shape or dtype,
+            parameters not stacked, an unknown policy.
+
+    >>> import jax, jax.numpy as jnp, revcore
+    >>> def block(w, x):
+    ...     return jnp.tanh(x @ w)
+    >>> program = revcore.revnet(depth=8)
+    >>> params = [jnp.eye(4) / 4] * 8
+    >>> def loss(params, x):
+    ...     y0, y1 = reversible(program, [block] * 8, params, (x, x))
+    ...     return (y0 * y1).sum()
+    >>> grads = jax.grad(loss)(params, jnp.ones((2, 4)))
+    >>> len(grads), grads[0].shape
+    (8, (4, 4))
+    """
+    check_policy(policy)
+    slots, theta, shared, streams = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
+    slots, shared = probe(program, slots, theta, shared, streams)
+    run = _run_reversed if isinstance(policy, Reverse) else _run_plainly
+    out, aux = run(make_plan(program.steps, policy), slots, theta, shared, streams)
+    result = tuple(out[i] for i in program.output)
+    return (result, list(aux)) if any(aux) else result
+
+
+def inverse(
+    program: Program,
+    blocks: Sequence[Any],
+    params: Sequence[Any],
+    streams: Sequence[Any],
+    *args: Any,
+    layerwise_args_kwargs: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None = None,
+    **kwargs: Any,
+) -> Streams:
+    """Return the input streams from which :func:`reversible` made ``streams``; arguments as there.
+
+    Raises:
+        SpecError: as :func:`reversible`, or the program holds an ``Anchor``, which has no inverse.
+
+    >>> import jax.numpy as jnp, revcore
+    >>> program, blocks, params = revcore.revnet(2), [lambda w, x: w * x] * 2, [2.0, 3.0]
+    >>> y = reversible(program, blocks, params, (jnp.ones(1), jnp.ones(1)))
+    >>> [x.tolist() for x in inverse(program, blocks, params, y)]
+    [[1.0], [1.0]]
+    """
+    slots, theta, shared, streams = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
+    for index, step in enumerate(program.unrolled):
+        if isinstance(step, Anchor):
+            raise SpecError(f"step {index} is an Anchor, which has no inverse")
+    y = tuple(streams[program.output.index(i)] for i in range(program.num_streams))
+    return _undo(make_plan(program.steps, StoreAll()), slots, theta, shared, y)
+
+
+@dataclass(frozen=True)
+class InverseReport:
+    """What :func:`check_inverse` measured, step by step from the input to the output.
+
+    Attributes:
+        steps: the kind of each primitive step, in running order.
+        local: relative error of rebuilding this step's input from its exact output.
+        drift: relative error of this step's input after walking back from the network's output (or the next anchor).
+    """
+
+    steps: tuple[str, ...]
+    local: tuple[float, ...]
+    drift: tuple[float, ...]
+
+    @property
+    def worst(self) -> float:
+        """The largest error of any rebuilt input; NaN if one is."""
+        return float(np.max(self.drift, initial=0.0))
+
+    def __str__(self) -> str:
+        rows = zip(self.steps, self.local, self.drift, strict=True)
+        lines = [f"{i:5}  {step:20}  {local:9.1e}  {drift:9.1e}" for i, (step, local, drift) in enumerate(rows)]
+        return "\n".join([f"{'step':>5}  {'':20}  {'local':>9}  {'drift':>9}", *lines])
+
+
+def check_inverse(
+    program: Program,
+    blocks: Sequence[Any],
+    params: Sequence[Any],
+    streams: Sequence[Any],
+    *args: Any,
+    layerwise_args_kwargs: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None = None,
+    **kwargs: Any,
+) -> InverseReport:
+    """Run ``program`` forward and back, and report how far each rebuilt input is from the true one.
+
+    Arguments as :func:`reversible`; takes the memory of an ordinary forward pass, and concrete values (no ``jit``).
+
+    >>> import jax.numpy as jnp, revcore
+    >>> streams = jnp.ones(3), jnp.zeros(3)
+    >>> report = check_inverse(revcore.revnet(4), [lambda w, x: jnp.sin(w * x)] * 4, [1.0] * 4, streams)
+    >>> report.worst < 1e-6
+    True
+    """
+    slots, theta, shared, streams = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
+    probe(program, slots, theta, shared, streams)
+    steps = list(_unrolled(Chain(program.steps), slots, theta))
+    states = [streams]
+    for step, slot, values in steps:
+        states.append(_forward_jit(step, slot, values, shared, states[-1], False)[0])
+    local, drift, current = [], [], states[-1]
+    for i in reversed(range(len(steps))):
+        step, slot, values = steps[i]
+        if isinstance(step, Anchor):  # its input is kept, so the walk starts anew there
+            local.append(0.0)
+            drift.append(0.0)
+            current = states[i]
+            continue
+        local.append(_distance(_undo(step, slot, values, shared, states[i + 1]), states[i]))
+        current = _undo(step, slot, values, shared, current)
+        drift.append(_distance(current, states[i]))
+    return InverseReport(tuple(type(s[0]).__name__ for s in steps), tuple(local[::-1]), tuple(drift[::-1]))
+
+
+def _distance(a: Streams, b: Streams) -> float:
+    wide = [(np.asarray(x, np.complex128), np.asarray(y, np.complex128)) for x, y in zip(a, b, strict=True)]
+    off = sum(float(np.sum(np.abs(x - y) ** 2)) for x, y in wide)
+    size = sum(float(np.sum(np.abs(y) ** 2)) for _, y in wide)
+    return float(np.sqrt(off / size)) if off else 0.0
+
+
+def _unrolled(step: Step, slots: Slots, theta: Any) -> Any:
+    """Yield ``(primitive, its slot, its parameters)`` in running order."""
+    match step:
+        case Chain(steps):
+            for child, here in children(steps):
+                yield from _unrolled(child, slots[here], theta[here])
+        case Repeat(body, n):
+            for i in range(n):
+                yield from _unrolled(body, slots, take(theta, i))
+        case _:
+            yield step, slots, theta
+
+
+# --- the two passes ---------------------------------------------------------------------------------------------------
+
+
+def _run_plainly(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Any:
+    return _forward(node, slots, theta, shared, streams, False)[:2]
+
+
+_run_reversed = jax.custom_vjp(_run_plainly, nondiff_argnums=(0, 1))
+
+
+def _run_forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Any:
+    y, aux, residual = _forward(node, slots, theta, shared, streams, True)
+    return (y, aux), (theta, shared, y, residual)
+
+
+def _run_backward(node: Node, slots: Slots, kept: Any, cotangents: Any) -> Any:
+    theta, shared, y, residual = kept
+    gy, gaux = cotangents
+    _, gx, gtheta, gshared = _backward(node, slots, theta, shared, residual, y, gy, mask_float0(gaux))
+    return gtheta, gshared, gx
+
+
+_run_reversed.defvjp(_run_forward, _run_backward)
+
+
+def _forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams, keep: bool) -> Any:
+    """Return ``(streams, aux, residual)``: one tuple of aux for each slot; no residual unless ``keep``."""
+    match node:
+        case Couple():
+            f, aux = _block_output(node, slots, theta, shared, streams)
+            y = node.coupling.forward(streams[node.target], f)
+            return _replace(streams, node.target, y), (aux,) * node.block, ()
+        case Bijection() | Anchor():
+            y, aux = _move(node, slots, theta, shared, streams)
+            return y, (aux,) * node.block, ()
+        case Seq(nodes):
+            aux, residual = [], []
+            for child, here in children(nodes):
+                streams, extra, kept = _forward_jit(child, slots[here], theta[here], shared, streams, keep)
+                aux.extend(extra)
+                residual.append(kept)
+            return streams, tuple(aux), tuple(residual)
+        case Loop(body, n):
+
+            def one(streams: Streams, theta: Any) -> Any:
+                y, aux, kept = _forward(body, slots, theta, shared, streams, keep)
+                return y, (aux, kept)
+
+            streams, (aux, residual) = lax.scan(one, streams, theta, length=n)
+            return streams, aux, residual
+        case Parts(nodes):
+            aux, residual = [], []
+            for child, values in zip(nodes, _part(node, theta), strict=True):
+                streams, extra, kept = _forward_jit(child, slots, values, shared, streams, keep)
+                aux.append(extra)
+                residual.append(kept)
+            return streams, _join(node, aux), tuple(residual)
+        case Stored(inner) if keep:
+            (y, aux), pull = pullback(partial(_run_plainly, inner, slots), theta, shared, streams)
+            return y, aux, (streams, pull.without((theta, shared, streams)))
+        case Anchored(inner) if keep:
+            y, aux, residual = _forward(inner, slots, theta, shared, streams, True)
+            return y, aux, (streams, residual)
+        case Recomputed(inner):
+            return *jax.checkpoint(partial(_run_plainly, inner, slots))(theta, shared, streams), ()
+        case Stored(inner) | Anchored(inner):
+            return _forward(inner, slots, theta, shared, streams, False)
+
+
+def _backward(
+    node: Node,
+    slots: Slots,
+    theta: Any,
+    shared: Any,
+    residual: Any,
+    y: Streams,
+    gy: Streams,
+    gaux: Any,
+    fence: bool = False,
+) -> Any:
+    """Return ``(x, gx, gtheta, gshared)``: the node's input, and the gradients."""
+    if fence:
+        theta, y, gy = lax.optimization_barrier((theta, y, gy))
+    match node:
+        case Couple(target, sources):
+
+            def output(theta: Any, shared: Any, seen: Streams) -> Any:
+                return _block_output(node, slots, theta, shared, dict(zip(sources, seen, strict=True)))
+
+            (f, _), pull = pullback(output, theta, shared, tuple(y[s] for s in sources))
+            x = node.coupling.inverse(y[target], f)
+            gx, gf = _coupling_vjp(node.coupling, x, f, gy[target])
+            gtheta, gshared, gseen = pull((gf, *gaux) if node.block else (gf, ()))
+            gstreams = _replace(gy, target, gx)
+            for s, g in zip(sources, gseen, strict=True):
+                gstreams = _replace(gstreams, s, gstreams[s] + g)
+            return _replace(y, target, x), gstreams, gtheta, gshared
+        case Bijection():
+            x = _undo(node, slots, theta, shared, y)
+            _, pull = pullback(partial(_move, node, slots), theta, shared, x)
+            gtheta, gshared, gx = pull((gy, *gaux) if node.block else (gy, ()))
+            return x, gx, gtheta, gshared
+        case Seq(nodes):
+            gtheta, total = [], zeros(shared)
+            for (child, here), kept in reversed(list(zip(children(nodes), residual, strict=True))):
+                y, gy, g, gshared = _backward_jit(
+                    child, slots[here], theta[here], shared, kept, y, gy, gaux[here], len(nodes) > 1
+                )
+                gtheta[:0] = g
+                total = add(total, gshared)
+            return y, gy, tuple(gtheta), total
+        case Loop(body, n):
+
+            def one(carry: Any, item: Any) -> Any:
+                y, gy, total = carry
+                x, gx, gtheta, gshared = _backward(body, slots, item[0], shared, item[1], y, gy, item[2])
+                return (x, gx, add(total, gshared)), gtheta
+
+            start = (y, gy, zeros(shared))
+            (x, gx, gshared), gtheta = lax.scan(one, start, (theta, residual, gaux), length=n, reverse=True)
+            return x, gx, gtheta, gshared
+        case Parts(nodes):
+            gtheta, total = [], zeros(shared)
+            pieces = list(zip(nodes, _part(node, theta), residual, _part(node, gaux), strict=True))
+            for child, values, kept, gextra in reversed(pieces):
+                y, gy, g, gshared = _backward_jit(child, slots, values, shared, kept, y, gy, gextra, True)
+                gtheta.insert(0, g)
+                total = add(total, gshared)
+            return y, gy, _join(node, gtheta), total
+        case Stored():
+            x, pull = residual
+            gtheta, gshared, gx = pull.given((theta, shared, x))((gy, gaux))
+            return x, gx, gtheta, gshared
+        case Anchored(inner):
+            x, kept = residual
+            _, gx, gtheta, gshared = _backward(inner, slots, theta, shared, kept, y, gy, gaux)
+            return x, gx, gtheta, gshared
+        case _:
+            raise AssertionError(f"{node} has no reversible backward pass")
+
+
+def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams) -> Streams:
+    """Return the node's input streams, given its output streams."""
+    match node:
+        case Couple(target):
+            f, _ = _block_output(node, slots, theta, shared, y)
+            return _replace(y, target, node.coupling.inverse(y[target], f))
+        case Bijection():
+            x = slots[0].undo(theta[0], shared, *y) if node.block else node.inverse(*y)  # type: ignore[misc]
+            return check_stream_outputs(0, "Bijection's inverse", x, len(y))[0]
+        case Seq(nodes):
+            for child, here in reversed(list(children(nodes))):
+                y = _undo(child, slots[here], theta[here], shared, y)
+            return y
+        case Loop(body, n):
+            back = partial(_undo, body, slots)
+            return lax.scan(lambda y, th: (back(th, shared, y), None), y, theta, length=n, reverse=True)[0]
+        case _:
+            raise AssertionError(f"{node} has no inverse")
+
+
+# Jitted under the identity of (node, slots): equal layers are traced once, and eager calls run compiled steps.
+_forward_jit = jax.jit(_forward, static_argnums=(0, 1, 5))
+_backward_jit = jax.jit(_backward, static_argnums=(0, 1, 8))
+
+
+# --- the pieces of one step -------------------------------------------------------------------------------------------
+
+
+def _block_output(step: Couple, slots: Slots, theta: Any, shared: Any, streams: Any) -> tuple[Any, tuple[Any, ...]]:
+    given = step.gather(streams)
+    return step.split(slots[0](theta[0], shared, *given)) if step.block else (given[0], ())
+
+
+def _move(step: Bijection | Anchor, slots: Slots, theta: Any, shared: Any, streams: Streams, index: int = 0) -> Any:
+    out = slots[0].move(theta[0], shared, *streams) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
+    return check_stream_outputs(index, type(step).__name__, out, len(streams))
+
+
+def _coupling_vjp(coupling: Coupling, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
+    result = coupling.vjp(x, f, gy)
+    if result is NotImplemented:
+        return jax.vjp(coupling.forward, x, f)[1](gy)
+    return _cast(result[0], x), jax.tree.map(_cast, result[1], f)
+
+
+def _cast(gradient: Any, like: Any) -> Any:
+    """A block may be narrower than its stream, and a cotangent has its value's dtype."""
+    if jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(like):
+        gradient = gradient.real
+    return gradient.astype(like.dtype)
+
+
+def _replace(streams: Streams, index: int, value: Any) -> Streams:
+    return (*streams[:index], value, *streams[index + 1 :])
+
+
+def _part(node: Parts, tree: Any) -> list[Any]:
+    """Cut stacked leaves into the pieces of a ``Repeat``."""
+    result, start = [], 0
+    for shape in node.shapes:
+        stop = start + int(np.prod(shape))
+        result.append(jax.tree.map(lambda a, s=start, e=stop, sh=shape: a[s:e].reshape(sh + a.shape[1:]), tree))
+        start = stop
+    return result
+
+
+def _join(node: Parts, trees: list[Any]) -> Any:
+    def join(*leaves: Any) -> Any:
+        flat = [a.reshape((-1, *a.shape[len(s) :])) for a, s in zip(leaves, node.shapes, strict=True)]
+        return jnp.concatenate(flat)
+
+    return jax.tree.map(join, *trees)

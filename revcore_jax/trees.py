@@ -1,0 +1,254 @@
+"""Trees of leaves: which are arrays and which static, which have gradients, and what blocks close over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from revcore.errors import SpecError
+
+try:
+    from jax.core import eval_jaxpr
+except ImportError:  # it has moved before
+    from jax._src.core import eval_jaxpr
+
+
+def is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
+def is_inexact(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+# --- static and traced parts of a block's call ------------------------------------------------------------------------
+
+
+class Key:
+    """A static value as a dictionary key: equal to an equal value of the same type, or else by identity."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        try:
+            self._hash = hash(value)
+        except TypeError:
+            self._hash = None
+
+    def __hash__(self) -> int:
+        return id(self.value) if self._hash is None else self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Key) or type(self.value) is not type(other.value):  # 1 == True == 1.0
+            return False
+        return self.value is other.value or (self._hash is not None and bool(self.value == other.value))
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to build a tree again from its array leaves; its other leaves are static."""
+
+    treedef: Any
+    statics: tuple[Key | None, ...]
+
+    @staticmethod
+    def of(tree: Any) -> tuple[Recipe, tuple[Any, ...]]:
+        leaves, treedef = jax.tree.flatten(tree)
+        statics = tuple(None if is_array(leaf) else Key(leaf) for leaf in leaves)
+        return Recipe(treedef, statics), tuple(leaf for leaf in leaves if is_array(leaf))
+
+    def build(self, arrays: Sequence[Any]) -> Any:
+        left = iter(arrays)  # there may be more: what blocks close over comes after the shared arguments
+        return self.treedef.unflatten([next(left) if s is None else s.value for s in self.statics])
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block with the static parts of its arguments; called with its array leaves, the shared ones, and streams."""
+
+    function: Key
+    layer: Recipe
+    common: Recipe
+
+    @staticmethod
+    def bind(function: Any, params: Any, layerwise: Any, common: Any) -> tuple[Block, tuple[Any, ...]]:
+        """Return the block and its array leaves."""
+        layer, leaves = Recipe.of((params, (tuple(layerwise[0]), layerwise[1])))
+        return Block(Key(function), layer, Recipe.of(common)[0]), leaves
+
+    def __call__(self, leaves: Any, shared: Any, *streams: Any) -> Any:
+        return self._run(self.function.value, leaves, shared, streams)
+
+    def move(self, leaves: Any, shared: Any, *streams: Any) -> Any:
+        """The block of a Bijection or Anchor: its ``forward`` if it has one."""
+        return self._run(getattr(self.function.value, "forward", self.function.value), leaves, shared, streams)
+
+    def undo(self, leaves: Any, shared: Any, *streams: Any) -> Any:
+        return self._run(self.function.value.inverse, leaves, shared, streams)
+
+    def _run(self, function: Callable[..., Any], leaves: Any, shared: Any, streams: Any) -> Any:
+        params, (more, named) = self.layer.build(leaves)
+        args, kwargs = self.common.build(shared)
+        return function(params, *streams, *args, *more, **kwargs, **named)
+
+
+# --- what blocks close over -------------------------------------------------------------------------------------------
+
+
+class Traced:
+    """A function's jaxpr; :attr:`closed_over` lists the tracers that it found outside its arguments."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        self.out_tree = jax.tree.structure(shape)
+        self.closed_over = [c for c in self.jaxpr.consts if isinstance(c, jax.core.Tracer)]
+
+    def __call__(self, consts: Sequence[Any], *args: Any) -> Any:
+        """Evaluate with other values for :attr:`closed_over`."""
+        given = iter(consts)
+        filled = [next(given) if isinstance(c, jax.core.Tracer) else c for c in self.jaxpr.consts]
+        out = eval_jaxpr(self.jaxpr.jaxpr, filled, *jax.tree.leaves(args))
+        return self.out_tree.unflatten(out)
+
+
+class Hoisted:
+    """A block that closes over tracers, which it now takes from the end of the shared leaves."""
+
+    def __init__(self, pieces: dict[str, Traced], num_shared: int, register: Callable[[Any], int]) -> None:
+        self._pieces, self._num_shared = pieces, num_shared
+        self._places = {name: [register(c) for c in piece.closed_over] for name, piece in pieces.items()}
+
+    def _run(self, name: str, leaves: Any, shared: Any, streams: Any) -> Any:
+        consts = [shared[i] for i in self._places[name]]
+        return self._pieces[name](consts, leaves, shared[: self._num_shared], *streams)
+
+    def __call__(self, leaves: Any, shared: Any, *streams: Any) -> Any:
+        return self._run("call", leaves, shared, streams)
+
+    def move(self, leaves: Any, shared: Any, *streams: Any) -> Any:
+        return self._run("move", leaves, shared, streams)
+
+    def undo(self, leaves: Any, shared: Any, *streams: Any) -> Any:
+        return self._run("undo", leaves, shared, streams)
+
+
+# --- gradients of the leaves that have any ----------------------------------------------------------------------------
+
+
+def zeros(tree: Any) -> Any:
+    """Return zero gradients: ``None`` for leaves that have none."""
+    return jax.tree.map(lambda a: jnp.zeros_like(a) if is_inexact(a) else None, tree)
+
+
+def add(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def mask_float0(tree: Any) -> Any:
+    """Replace the cotangents of integer outputs, which carry nothing, by ``None``."""
+    return jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, tree)
+
+
+def take(tree: Any, index: int) -> Any:
+    """Return entry ``index`` of every leaf's leading axis."""
+    return jax.tree.map(lambda a: a[index], tree)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["vjp"], meta_fields=["treedef", "mask"])
+@dataclass
+class Pullback:
+    """From cotangents of a function's output (``None`` where there are none) to gradients of its arguments."""
+
+    vjp: Any
+    treedef: Any
+    mask: tuple[bool, ...]
+
+    def __call__(self, cotangents: Any) -> Any:
+        gradients = iter(self.vjp(jax.tree.leaves(cotangents))[0])
+        return self.treedef.unflatten([next(gradients) if m else None for m in self.mask])
+
+    def without(self, known: Any) -> Kept:
+        """Return it less the arrays of ``known``, which is at hand again later."""
+        places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(known))}
+        leaves, treedef = jax.tree.flatten(self)
+        found = tuple(places.get(id(leaf)) for leaf in leaves)
+        return Kept([leaf for leaf, i in zip(leaves, found, strict=True) if i is None], treedef, found)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["leaves"], meta_fields=["treedef", "found"])
+@dataclass
+class Kept:
+    """What :meth:`Pullback.without` leaves to be kept."""
+
+    leaves: list[Any]
+    treedef: Any
+    found: tuple[int | None, ...]
+
+    def given(self, known: Any) -> Pullback:
+        at_hand, kept = jax.tree.leaves(known), iter(self.leaves)
+        return self.treedef.unflatten([next(kept) if i is None else at_hand[i] for i in self.found])
+
+
+def pullback(function: Callable[..., Any], *args: Any) -> tuple[Any, Pullback]:
+    """Return ``function(*args)`` and its pullback, as ``jax.vjp``, but any leaf may be a key or an integer."""
+    leaves, treedef = jax.tree.flatten(args)
+    mask = tuple(map(is_inexact, leaves))
+
+    def of(moving: list[Any]) -> Any:
+        left = iter(moving)
+        out = function(*treedef.unflatten([next(left) if m else leaf for m, leaf in zip(mask, leaves, strict=True)]))
+        return [leaf for leaf in jax.tree.leaves(out) if is_inexact(leaf)], out
+
+    _, vjp, out = jax.vjp(of, [leaf for m, leaf in zip(mask, leaves, strict=True) if m], has_aux=True)
+    return out, Pullback(vjp, treedef, mask)
+
+
+# --- stacking ---------------------------------------------------------------------------------------------------------
+
+
+def stack(trees: Sequence[Any]) -> Any:
+    """Stack equal trees leaf by leaf along a new leading axis, as ``Repeat`` takes parameters.
+
+    Raises:
+        SpecError: no tree, or trees of unlike structure, shapes or dtypes.
+
+    >>> stack([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])["w"].shape
+    (2, 3)
+    """
+    trees = list(trees)
+    if not trees:
+        raise SpecError("stack: no tree came, expected at least one")
+    first = _form(trees[0])
+    for i, tree in enumerate(trees):
+        if _form(tree) != first:
+            raise SpecError(
+                f"stack: tree {i} is {_form(tree)}, but tree 0 is {first}: only equal layers can be stacked "
+                "(others stand in a Chain)"
+            )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def unstack(tree: Any) -> list[Any]:
+    """Return the trees that :func:`stack` stacked.
+
+    >>> [t["w"].tolist() for t in unstack({"w": jnp.arange(2.0)})]
+    [0.0, 1.0]
+    """
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(tree)}
+    if len(sizes) != 1 or () in sizes:
+        raise SpecError(f"unstack: the leaves have leading axes {sorted(sizes)}, expected one size for all")
+    return [take(tree, i) for i in range(*sizes.pop())]
+
+
+def _form(tree: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]

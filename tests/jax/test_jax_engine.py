@@ -1,0 +1,593 @@
+"""revcore_jax.reversible against the plain network: values, gradients of every kind, transforms, and errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_close, tree_error
+
+import revcore
+import revcore_jax
+from revcore import (
+    Additive,
+    Affine,
+    Anchor,
+    Bijection,
+    Chain,
+    Checkpoint,
+    Couple,
+    Coupling,
+    Momentum,
+    Program,
+    Repeat,
+    Reverse,
+    SpecError,
+    StoreAll,
+)
+
+D = 4
+
+
+@pytest.fixture(autouse=True)
+def x64() -> Any:
+    with jax.enable_x64(True):
+        yield
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+def normal(seed: int, *shape: int, dtype: Any = np.float64) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
+def mlp(p: Any, x: Any, context: Any = 0.0) -> Any:
+    return jnp.tanh(x @ p["w"] + context) @ p["v"]
+
+
+def mlp_params(seed: int, *lead: int, d: int = D, dtype: Any = np.float64) -> dict[str, jax.Array]:
+    return {"w": normal(seed, *lead, d, d, dtype=dtype) / 2, "v": normal(seed + 99, *lead, d, d, dtype=dtype) / 2}
+
+
+def pair(p: Any, *streams: Any) -> Any:
+    h = jnp.tanh(sum(streams) @ p["w"])
+    return 0.3 * h, h @ p["v"]
+
+
+def summed(p: Any, *streams: Any) -> Any:
+    return mlp(p, sum(streams))
+
+
+def with_aux(p: Any, x: Any) -> Any:
+    f = mlp(p, x)
+    return f, (f**2).mean(), {"count": jnp.int32(3), "nothing": None}
+
+
+class Mixing:
+    """A learned bijection of two streams."""
+
+    @staticmethod
+    def forward(p: Any, a: Any, b: Any) -> Any:
+        return a + jnp.sin(b) * p["s"], b
+
+    @staticmethod
+    def inverse(p: Any, a: Any, b: Any) -> Any:
+        return a - jnp.sin(b) * p["s"], b
+
+
+def pool(p: Any, a: Any, b: Any) -> Any:
+    """Halves the rows."""
+    return tuple(jnp.tanh(s[::2] + s[1::2]) * p["s"] for s in (a, b))
+
+
+LAYER = Chain((Couple(0, (1,)), Couple(1, (0,), Momentum(0.8))))
+
+
+def networks() -> dict[str, tuple[Program, list[Any], list[Any]]]:
+    """``(program, blocks, params)`` by name."""
+    result: dict[str, tuple[Program, list[Any], list[Any]]] = {}
+
+    def add(name: str, program: Program, blocks: Any, params: Any) -> None:
+        n = program.num_slots
+        result[name] = (program, [blocks] * n if callable(blocks) else blocks, [params(i) for i in range(n)])
+
+    for name, coupling in {
+        "additive": Additive(),
+        "scaled": Additive(0.5),
+        "momentum": Momentum(0.9),
+        "functions": Coupling.from_functions(lambda x, f: jnp.arcsinh(x) + f, lambda y, f: jnp.sinh(y - f)),
+    }.items():
+        add(name, revcore.revnet(5, coupling), mlp, mlp_params)
+    add("affine", revcore.revnet(4, Affine()), pair, mlp_params)
+    add("three streams", revcore.revnet(5, [Additive(), Momentum(0.9)], 3), mlp, mlp_params)
+    add("grouped", revcore.grouped(3, 2), mlp, mlp_params)
+    add("columns", revcore.reversible_columns(2, 3), pair, mlp_params)
+    add("momentum_net", revcore.momentum_net(4, 0.9), mlp, mlp_params)
+    add("leapfrog", revcore.leapfrog(4, 0.3), mlp, mlp_params)
+    add("repeat", Program((Repeat(LAYER, 7),)), mlp, lambda i: mlp_params(i, 7))
+    add("nested repeat", Program((Repeat(Chain((Repeat(LAYER, 2), Couple(0, (1,)))), 3),)), mlp,
+        lambda i: mlp_params(i, *((3,) if i == 2 else (3, 2))))  # fmt: skip
+    add(
+        "mixed",
+        Program(
+            (
+                Couple(0, (1,)),
+                Bijection.permute((1, 0)),
+                Repeat(LAYER, 3),
+                Bijection(),
+                Anchor(),
+                Chain((LAYER, LAYER)),
+            ),
+            output=(1, 0),
+        ),
+        [mlp, mlp, mlp, Mixing(), pool, mlp, mlp, mlp, mlp],
+        lambda i: mlp_params(i, 3) if i in (1, 2) else {**mlp_params(i), "s": normal(i, D)},
+    )
+    add("aux", Program((Couple(0, (1,)), Repeat(Couple(1, (0,)), 3))), with_aux, lambda i: mlp_params(i, *[3] * i))
+    return result
+
+
+NETWORKS = list(networks())
+
+
+def outputs(result: Any) -> tuple[Any, Any]:
+    """Part ``reversible``'s result into streams and aux."""
+    return (result[0], result[1]) if isinstance(result[0], tuple) else (result, [])
+
+
+def loss_of(network: Any, policy: Any, *args: Any, **kwargs: Any) -> Any:
+    program, blocks, _ = network
+
+    def loss(params: Any, streams: Any) -> Any:
+        streams, aux = outputs(revcore_jax.reversible(program, blocks, params, streams, *args, policy=policy, **kwargs))
+        floats = [a for a in jax.tree.leaves(aux) if jnp.issubdtype(a.dtype, jnp.inexact)]
+        return sum((i + 1) * jnp.sum(y * jnp.cos(y)) for i, y in enumerate(streams)) + sum(jnp.sum(a) for a in floats)
+
+    return loss
+
+
+def streams_for(network: Any, dtype: Any = np.float64) -> tuple[jax.Array, ...]:
+    return tuple(normal(50 + i, 4, D, dtype=dtype) for i in range(network[0].num_streams))
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_equal_store_all(name: str, jit: bool) -> None:
+    network = networks()[name]
+    given = network[2], streams_for(network)
+    wrap = jax.jit if jit else lambda f: f
+    want = jax.value_and_grad(loss_of(network, StoreAll()), argnums=(0, 1))(*given)
+    got = wrap(jax.value_and_grad(loss_of(network, Reverse()), argnums=(0, 1)))(*given)
+    assert tree_error(got, want) <= 1e-12
+
+
+POLICIES = [
+    Reverse(anchor_every=1),
+    Reverse(anchor_every=2),
+    Reverse(anchor_every=4),
+    Reverse(keep_last=1),
+    Reverse(keep_last=5),
+    Reverse(keep_last=100),
+    Reverse(anchor_every=3, keep_last=2),
+    Checkpoint(),
+    Checkpoint(3),
+    Checkpoint(100),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("name", ["momentum", "repeat", "nested repeat", "mixed", "aux"])
+def test_policies_change_no_value(name: str, policy: Any) -> None:
+    network = networks()[name]
+    given = network[2], streams_for(network)
+    want = jax.jit(jax.value_and_grad(loss_of(network, StoreAll()), argnums=(0, 1)))(*given)
+    got = jax.jit(jax.value_and_grad(loss_of(network, policy), argnums=(0, 1)))(*given)
+    assert tree_error(got, want) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["additive", "momentum", "affine", "repeat"])
+def test_float32_stays_within_rounding(name: str) -> None:
+    program, blocks, params = networks()[name]
+    network = program, blocks, jax.tree.map(lambda a: a.astype(np.float32), params)
+    given = network[2], streams_for(network, np.float32)
+    want = jax.jit(jax.grad(loss_of(network, StoreAll())))(*given)
+    got = jax.jit(jax.grad(loss_of(network, Reverse())))(*given)
+    assert_close(got, want, depth=len(program.unrolled), dtype="float32")
+
+
+def test_values_equal_the_numpy_reference_and_its_complex_step() -> None:
+    program = revcore.revnet(3, [Momentum(0.8), Additive()])
+
+    def forward(xp: Any, run: Any, tree: Any) -> Any:
+        blocks = [lambda x, c, p=p: xp.tanh(x @ p["w"] + c) @ p["v"] for p in tree["params"]]
+        y = run(program, blocks, tree["streams"], tree["context"])
+        return (y[0] * y[0]).sum() + 2 * y[1].sum()
+
+    tree = {
+        "params": [mlp_params(i) for i in range(3)],
+        "streams": [normal(7, 2, D), normal(8, 2, D)],
+        "context": normal(9, D),
+    }
+    tree = jax.tree.map(np.asarray, tree)
+
+    def loss(tree: Any) -> Any:
+        y = revcore_jax.reversible(program, [mlp] * 3, tree["params"], tree["streams"], tree["context"])
+        return (y[0] * y[0]).sum() + 2 * y[1].sum()
+
+    from revcore import reference
+
+    want = reference.gradient(lambda t: forward(np, reference.forward, t), tree)
+    assert tree_error(jax.grad(loss)(tree), want) <= 1e-13
+    assert abs(loss(tree) - forward(np, reference.forward, tree)) <= 1e-12
+
+
+@pytest.mark.parametrize("name", [n for n in NETWORKS if n != "mixed"])
+def test_inverse_undoes_forward(name: str) -> None:
+    program, blocks, params = network = networks()[name]
+    streams = streams_for(network)
+    y, _ = outputs(revcore_jax.reversible(program, blocks, params, streams))
+    assert tree_error(revcore_jax.inverse(program, blocks, params, y), streams) <= 1e-12
+    back = jax.jit(lambda params, y: revcore_jax.inverse(program, blocks, params, y))
+    assert tree_error(back(params, y), streams) <= 1e-12
+
+
+def test_check_inverse_reports_each_step() -> None:
+    program, blocks, params = network = networks()["mixed"]
+    report = revcore_jax.check_inverse(program, blocks, params, streams_for(network))
+    assert len(report.steps) == len(program.unrolled) == len(report.drift)
+    assert report.worst <= 1e-14
+    assert "Anchor" in str(report)
+    wrong = Coupling.from_functions(lambda x, f: 0.5 * x + f, lambda y, f: y - f)
+    report = revcore_jax.check_inverse(
+        revcore.revnet(3, [Additive(), wrong]), [mlp] * 3, params[:1] * 3, (jnp.ones((1, D)),) * 2
+    )
+    assert report.local[0] < 1e-15
+    assert report.local[1] > 0.1
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_context_kwargs_and_layerwise_arguments_have_gradients() -> None:
+    program = Program((Couple(0, (1,)), Repeat(Couple(1, (0,)), 3), Couple(0, (1,))))
+
+    def block(
+        p: Any, x: Any, context: Any, scale: Any, *, shift: Any, flag: bool, mode: str, gate: Any, none: Any
+    ) -> Any:
+        assert flag is True
+        assert mode == "tanh"
+        assert none is None
+        return jnp.tanh(x @ p["w"] + context["c"][jnp.asarray(context["i"])] * scale) + shift * gate
+
+    def loss(given: Any, policy: Any) -> Any:
+        y = revcore_jax.reversible(
+            program, [block] * 3, given["params"], given["x"], {"c": given["c"], "i": jnp.arange(4)},
+            shift=given["shift"], flag=True, mode="tanh", none=None, layerwise_args_kwargs=given["layerwise"],
+            policy=policy,
+        )  # fmt: skip
+        return sum(jnp.sum(v**2) for v in y)
+
+    layer = [((normal(i, *lead),), {"gate": normal(i + 5, *lead)}) for i, lead in enumerate([(), (3,), ()])]
+    given = {
+        "params": [mlp_params(0), mlp_params(1, 3), mlp_params(2)],
+        "x": (normal(3, 4, D), normal(4, 4, D)),
+        "c": normal(5, 4, D),
+        "shift": normal(6, D),
+        "layerwise": layer,
+    }
+    want = jax.grad(loss)(given, StoreAll())
+    assert tree_error(jax.grad(loss)(given, Reverse()), want) <= 1e-12
+    assert tree_error(jax.jit(jax.grad(loss), static_argnums=1)(given, Reverse()), want) <= 1e-12
+
+
+@pytest.mark.parametrize("typed", [True, False], ids=["typed", "raw"])
+@pytest.mark.parametrize("where", ["params", "args", "layerwise"])
+def test_keys_replay(typed: bool, where: str) -> None:
+    """The mask of the rebuild is that of the forward pass: gradients equal store-all's with the same keys."""
+    program, n = Program((Couple(0, (1,)), Repeat(Couple(1, (0,)), 3))), 4
+    make = jax.random.key if typed else jax.random.PRNGKey
+    keys = jax.random.split(make(0), n)
+
+    def dropout(x: Any, key: Any) -> Any:
+        return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0)
+
+    def block(p: Any, x: Any, key: Any = None) -> Any:
+        return dropout(mlp(p, x), p.get("key", key))
+
+    params: list[Any] = [mlp_params(0), mlp_params(1, 3)]
+    args, layerwise = (), None
+    if where == "params":
+        params = [{**params[0], "key": keys[0]}, {**params[1], "key": keys[1:]}]
+    elif where == "args":
+        args = (keys[0],)
+    else:
+        layerwise = [((), {"key": keys[0]}), ((), {"key": keys[1:]})]
+
+    def loss(weights: Any, policy: Any) -> Any:
+        merged = [{**p, **w} for p, w in zip(params, weights, strict=True)]
+        y = revcore_jax.reversible(
+            program, [block] * 2, merged, (normal(8, 3, D), normal(9, 3, D)), *args,
+            layerwise_args_kwargs=layerwise, policy=policy,
+        )  # fmt: skip
+        return jnp.sum(y[0] * y[1])
+
+    weights = [{k: p[k] for k in ("w", "v")} for p in params]
+    want = jax.grad(loss)(weights, StoreAll())
+    assert tree_error(jax.grad(loss)(weights, Reverse()), want) <= 1e-12
+    assert tree_error(jax.jit(jax.grad(loss), static_argnums=1)(weights, Reverse()), want) <= 1e-12
+    drawn = [jax.tree.map(np.asarray, dropout(jnp.ones(64), k)) for k in keys]
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_integer_params_get_no_gradient() -> None:
+    def block(p: Any, x: Any) -> Any:
+        return jnp.tanh(x[..., p["order"]] @ p["w"]) * p["power"]
+
+    def loss(w: Any, policy: Any) -> Any:
+        params = [{"w": w[i], "order": jnp.array([2, 0, 3, 1]), "power": 0.5, "none": None} for i in range(2)]
+        y = revcore_jax.reversible(
+            revcore.revnet(2), [block] * 2, params, (normal(1, 3, D), normal(2, 3, D)), policy=policy
+        )
+        return jnp.sum(y[0] * y[1])
+
+    w = [normal(i, D, D) for i in range(2)]
+    assert tree_error(jax.grad(loss)(w, Reverse()), jax.grad(loss)(w, StoreAll())) <= 1e-12
+
+
+def test_aux_is_one_tuple_for_each_slot() -> None:
+    program, blocks, params = network = networks()["aux"]
+    (_, aux), (_, plain) = (
+        revcore_jax.reversible(program, blocks, params, streams_for(network), policy=p) for p in (Reverse(), StoreAll())
+    )
+    assert isinstance(aux, list)
+    assert [a[0].shape for a in aux] == [(), (3,)]
+    assert aux[1][1]["count"].tolist() == [3, 3, 3]
+    assert aux[1][1]["nothing"] is None
+    assert tree_error([a[0] for a in aux], [a[0] for a in plain]) == 0
+
+
+def test_one_output_is_enough() -> None:
+    network = networks()["momentum"]
+
+    def loss(params: Any, policy: Any) -> Any:
+        return jnp.sum(revcore_jax.reversible(*network[:2], params, streams_for(network), policy=policy)[0] ** 2)
+
+    assert tree_error(jax.grad(loss)(network[2], Reverse()), jax.grad(loss)(network[2], StoreAll())) <= 1e-12
+
+
+def test_narrow_blocks_over_wide_streams() -> None:
+    def block(p: Any, x: Any) -> Any:
+        return mlp(jax.tree.map(lambda a: a.astype(jnp.bfloat16), p), x.astype(jnp.bfloat16))
+
+    program, _, params = networks()["additive"]
+    network = program, [block] * 5, jax.tree.map(lambda a: a.astype(np.float32), params)
+    given = network[2], streams_for(network, np.float32)
+    want, got = (jax.grad(loss_of(network, policy))(*given) for policy in (StoreAll(), Reverse()))
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(got))
+    assert tree_error(got, want) <= 1e-2
+
+
+def test_complex_streams() -> None:
+    network = networks()["affine"]
+    x = tuple(a + 1j * b for a, b in zip(streams_for(network), streams_for(network)[::-1], strict=True))
+    params = jax.tree.map(lambda a: a + 0.1j * a, network[2])
+
+    def loss(params: Any, x: Any, policy: Any) -> Any:
+        y = revcore_jax.reversible(*network[:2], params, x, policy=policy)
+        return jnp.sum(jnp.abs(y[0]) ** 2 + (y[1] * y[1]).real)
+
+    want, got = (jax.grad(loss, argnums=(0, 1))(params, x, p) for p in (StoreAll(), Reverse()))
+    parts = [[(a.real, a.imag) for a in jax.tree.leaves(t)] for t in (got, want)]
+    assert tree_error(*parts) <= 1e-12
+
+
+# --- closures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("repeat", [False, True], ids=["chain", "repeat"])
+def test_closed_over_values_have_gradients(repeat: bool, jit: bool) -> None:
+    """What a block closes over (floats, integers, keys; a fresh function each call) behaves as an argument."""
+    program = Program((Repeat(LAYER, 3),) if repeat else (LAYER,) * 3)
+    params = [mlp_params(i, *[3] * repeat) for i in range(program.num_slots)]
+
+    def loss(given: Any, policy: Any) -> Any:
+        scale, order, key = given["scale"] ** 2, jnp.argsort(given["scale"]), jax.random.key(given["seed"])
+
+        def block(p: Any, x: Any) -> Any:
+            return mlp(p, x[..., order]) * scale + jax.random.normal(key, (D,))
+
+        y = revcore_jax.reversible(program, [block] * program.num_slots, given["params"], given["x"], policy=policy)
+        return jnp.sum(y[0] * y[1])
+
+    given = {"params": params, "x": (normal(1, 3, D), normal(2, 3, D)), "scale": normal(3, D), "seed": 3}
+
+    def gradient(policy: Any) -> Any:
+        def moving(part: Any) -> Any:
+            return loss({**given, **part}, policy)
+
+        f = jax.grad(moving)
+        return (jax.jit(f) if jit else f)({k: given[k] for k in ("params", "x", "scale")})
+
+    assert tree_error(gradient(Reverse()), gradient(StoreAll())) <= 1e-12
+
+
+def test_a_learned_bijection_may_close_over_values() -> None:
+    def loss(s: Any, policy: Any) -> Any:
+        class Shift:
+            def forward(self, p: Any, a: Any, b: Any) -> Any:
+                return a * jnp.exp(s), b + s
+
+            def inverse(self, p: Any, a: Any, b: Any) -> Any:
+                return a * jnp.exp(-s), b - s
+
+        program = Program((Bijection(), Couple(0, (1,)), Bijection()))
+        shift = Shift()
+        y = revcore_jax.reversible(
+            program, [shift, mlp, shift], [None, mlp_params(0), ()], (normal(1, 2, D), normal(2, 2, D)), policy=policy
+        )
+        return jnp.sum(y[0] * y[1])
+
+    assert tree_error(jax.grad(loss)(normal(3, D), Reverse()), jax.grad(loss)(normal(3, D), StoreAll())) <= 1e-12
+
+
+def test_a_coupling_that_closes_over_a_tracer_is_refused() -> None:
+    def loss(a: Any) -> Any:
+        mine = Coupling.from_functions(lambda x, f: a * x + f, lambda y, f: (y - f) / a)
+        return jnp.sum(
+            revcore_jax.reversible(revcore.revnet(1, mine), [mlp], [mlp_params(0)], (normal(1, 2, D),) * 2)[1]
+        )
+
+    with pytest.raises(SpecError, match=r"coupling of step 0 .* closes over a traced value"):
+        jax.grad(loss)(0.5)
+
+
+# --- transforms -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["momentum", "affine", "repeat"])
+def test_second_derivatives(name: str) -> None:
+    network = networks()[name]
+    given = network[2], streams_for(network)
+
+    def curvature(policy: Any) -> Any:
+        def slope(*given: Any) -> Any:
+            return sum(jnp.sum(jnp.sin(g)) for g in jax.tree.leaves(jax.grad(loss_of(network, policy))(*given)))
+
+        return jax.jit(jax.grad(slope, argnums=(0, 1)))(*given)
+
+    assert tree_error(curvature(Reverse()), curvature(StoreAll())) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["affine", "mixed", "repeat", "aux"])
+def test_vmap_both_ways(name: str) -> None:
+    network = networks()[name]
+    streams = tuple(jnp.stack([s, 2 * s, s - 1]) for s in streams_for(network))
+
+    def inside(f: Any) -> Any:
+        return jax.vmap(jax.grad(f, argnums=(0, 1)), in_axes=(None, 0))
+
+    def outside(f: Any) -> Any:
+        return jax.grad(lambda params, streams: jax.vmap(f, in_axes=(None, 0))(params, streams).sum(), argnums=(0, 1))
+
+    for transform in (inside, outside):
+        run = lambda policy: jax.jit(transform(loss_of(network, policy)))(network[2], streams)  # noqa: B023, E731
+        assert tree_error(run(Reverse()), run(StoreAll())) <= 1e-12
+
+
+@pytest.mark.parametrize("around", ["scan", "checkpoint", "cond", "jacrev", "nested"])
+def test_inside_other_transforms(around: str) -> None:
+    network = networks()["momentum"]
+    program, blocks, params = network
+
+    def apply(params: Any, x: Any, policy: Any) -> Any:
+        return revcore_jax.reversible(program, blocks, params, x, policy=policy)
+
+    def loss(params: Any, x: Any, policy: Any) -> Any:
+        if around == "scan":
+            x, _ = jax.lax.scan(lambda c, _: (apply(params, c, policy), None), x, length=3)
+        elif around == "checkpoint":
+            x = jax.checkpoint(lambda p, x: apply(p, x, policy))(params, x)
+        elif around == "cond":
+            x = jax.lax.cond(x[0].sum() > -1e9, lambda: apply(params, x, policy), lambda: x)
+        elif around == "jacrev":
+            return jnp.sum(jax.jacrev(lambda v: apply(params, (v, v), policy)[0])(x[0][0]) ** 2)
+        else:  # a reversible network as a block of another
+
+            def block(p: Any, x: Any) -> Any:
+                return apply(p, (x, x), policy)[1]
+
+            x = revcore_jax.reversible(revcore.revnet(2), [block] * 2, [params] * 2, x, policy=policy)
+        return jnp.sum(x[0] * x[1])
+
+    want, got = (jax.grad(loss, argnums=(0, 1))(params, streams_for(network), p) for p in (StoreAll(), Reverse()))
+    assert tree_error(got, want) <= 1e-12
+
+
+def test_forward_mode_needs_store_all() -> None:
+    network = networks()["additive"]
+    given = network[2], streams_for(network)
+    _, slope = jax.jvp(loss_of(network, StoreAll()), given, given)
+    gradient = jax.grad(loss_of(network, Reverse()), argnums=(0, 1))(*given)
+    want = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(given), strict=True))
+    assert abs(slope - want) <= 1e-12 * abs(want)
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(loss_of(network, Reverse()), given, given)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def call(**changed: Any) -> Any:
+    given: dict[str, Any] = {
+        "program": revcore.revnet(2), "blocks": [mlp] * 2, "params": [mlp_params(i) for i in range(2)],
+        "streams": (normal(0, 3, D), normal(1, 3, D)),
+    }  # fmt: skip
+    given.update(changed)
+    return revcore_jax.reversible(**given)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"program": "revnet"}, "expected a revcore.Program"),
+        ({"blocks": [mlp]}, "1 blocks came, but the program takes 2"),
+        ({"blocks": [mlp, 3]}, "block 1 came as 3, expected a function"),
+        ({"params": [{}]}, "params came as 1 entries, expected a sequence of 2"),
+        ({"params": {"w": 1}}, "params came as one dict"),
+        ({"streams": (1.0, 2.0)}, "stream 0 came as float, expected a JAX array"),
+        ({"streams": np.zeros((2, 3))}, "streams came as one ndarray"),
+        ({"streams": (np.zeros(3),)}, "1 streams came, but the program has 2"),
+        ({"streams": (np.arange(3), np.arange(3))}, "stream 0 came as a JAX array of int64"),
+        ({"streams": (np.zeros((3, D)), np.zeros((4, D)))}, "expected one shape for all"),
+        ({"policy": "reverse"}, "expected an instance of Reverse, StoreAll or Checkpoint"),
+        ({"blocks": [mlp, lambda p, x: x[:, :2]]}, r"block 1 returned shape \(3, 2\)"),
+        ({"blocks": [mlp, lambda p, x: 0.0]}, "block 1 returned float, expected a JAX array"),
+        ({"blocks": [lambda p, x: x + 0j, mlp]}, "step 0 turned a stream of float64"),
+        ({"program": revcore.revnet(2, Affine())}, "Affine takes 2 arrays"),
+        ({"layerwise_args_kwargs": [((), {})]}, "layerwise_args_kwargs came as 1 entries"),
+        ({"layerwise_args_kwargs": [((), {}), {}]}, "entry 1 came as {}, expected"),
+        (
+            {"program": Program((Repeat(LAYER, 3),))},
+            r"block 0 is inside Repeat\(n=3\), but a leaf .* has shape \(4, 4\)",
+        ),
+        (
+            {"program": Program((Anchor(), Couple(0, (1,)))), "blocks": [lambda p, a, b: a, mlp]},
+            "must return its 2 streams",
+        ),
+        ({"program": Program((Bijection(), Couple(0, (1,))))}, "must have forward"),
+    ],
+)
+def test_bad_input_is_told(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        call(**changed)
+
+
+def test_a_repeated_body_must_keep_shapes() -> None:
+    program = Program((Repeat(Anchor(), 2),))
+    with pytest.raises(SpecError, match="the body of a Repeat turned streams"):
+        revcore_jax.reversible(program, [pool], [{"s": normal(0, 2, D)}], (normal(1, 4, D), normal(2, 4, D)))
+
+
+def test_an_anchor_has_no_inverse() -> None:
+    with pytest.raises(SpecError, match="step 0 is an Anchor, which has no inverse"):
+        revcore_jax.inverse(Program((Anchor(),)), [pool], [None], (normal(1, 4, D), normal(2, 4, D)))
+
+
+def test_streams_of_unlike_shapes_where_the_program_allows() -> None:
+    def block(p: Any, *streams: Any) -> Any:
+        total = sum(s.sum(-1, keepdims=True) for s in streams)
+        return 0.1 * jnp.tanh(total * p["s"]), jnp.sin(total * p["t"])
+
+    program = dataclasses.replace(revcore.reversible_columns(2, 3))
+    sizes = [2, 4, 6]
+    params = [{"s": normal(i, sizes[i % 3]), "t": normal(i + 9, sizes[i % 3])} for i in range(6)]
+    streams = tuple(normal(i, 3, n) for i, n in enumerate(sizes))
+    network = program, [block] * 6, params
+    want, got = (jax.grad(loss_of(network, p), argnums=(0, 1))(params, streams) for p in (StoreAll(), Reverse()))
+    assert tree_error(got, want) <= 1e-12
