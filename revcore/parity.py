@@ -1,0 +1,308 @@
+"""Parity: hold what two runs of one network gave against each other, and say in one sentence whether they agree.
+
+The measure is the relative L2 error over a whole tree, ``‖a − b‖ / ‖b‖``, in units of ``depth·eps``: the rounding that
+a network of that depth may collect. Errors relative to each tensor alone explode where a tensor is nearly zero (the
+bias of an attention key), so they are shown and not judged.
+
+>>> exact = Record({"loss": 1.0}, {"0.weight": [3.0, 4.0]}, depth=4, dtype="float32")
+>>> print(compare(Record({"loss": 1.0}, {"0.weight": [3.0, 4.000001]}, depth=4, dtype="float32"), exact).verdict)
+a and b agree: values differ by 0 and gradients by 0.42 depth·eps, 16 are allowed (depth 4, float32).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from revcore.errors import SpecError
+
+EPS: dict[str, float] = {
+    "float64": 2.0**-52,
+    "complex128": 2.0**-52,
+    "float32": 2.0**-23,
+    "complex64": 2.0**-23,
+    "tensorfloat32": 2.0**-10,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+}
+"""The spacing of numbers above 1 by dtype."""
+
+# A looser tolerance than this passes networks that are plainly different.
+_LOOSEST = 1e-2
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one run of a network gave: the arrays to compare, and what rounding to expect in them.
+
+    Args:
+        values: arrays by name, such as ``{"output": y, "loss": loss}``; ``None`` if none were recorded.
+        gradients: arrays by name, such as ``to_neutral(module, gradients=True)``; ``None`` if none were recorded.
+        depth: how many coupled steps the network has; at least 1.
+        dtype: the coarsest dtype that was computed in, a key of :data:`EPS`.
+
+    Arrays may be NumPy's, torch's or JAX's; neither framework is imported for them.
+
+    Raises:
+        SpecError: a field of the wrong kind.
+    """
+
+    values: Mapping[str, Any] | None = None
+    gradients: Mapping[str, Any] | None = None
+    depth: int = 1
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in ("values", "gradients"):
+            tree = getattr(self, field)
+            if tree is not None and not isinstance(tree, Mapping):
+                raise SpecError(
+                    f"Record: {field} came as {type(tree).__name__}, expected a mapping from names to arrays: "
+                    "to_neutral(module) makes one"
+                )
+        if self.values is None and self.gradients is None:
+            raise SpecError("Record: neither values nor gradients came, so there is nothing to compare")
+        _check(self.depth, self.dtype)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a comparison.
+
+    Attributes:
+        kind: ``"value"`` or ``"gradient"``.
+        name: its name.
+        error: ``‖a − b‖``.
+        norm: ``‖b‖``.
+        problem: why the two cannot be compared, or ``""``.
+    """
+
+    kind: str
+    name: str
+    error: float = math.nan
+    norm: float = math.nan
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`compare` found.
+
+    Attributes:
+        rows: the tensors, in the order in which they came.
+        value_error: ``‖a − b‖ / ‖b‖`` over all values; ``None`` if none were recorded.
+        gradient_error: the same over all gradients.
+        problems: why the two cannot agree, whatever the errors: missing names, other shapes, NaN, zero gradients.
+        depth: how many steps the errors are counted in.
+        dtype: the dtype whose eps they are counted in.
+        limit: how many ``depth·eps`` are allowed.
+        names: what the two sides are called.
+    """
+
+    rows: tuple[Row, ...]
+    value_error: float | None
+    gradient_error: float | None
+    problems: tuple[str, ...]
+    depth: int
+    dtype: str
+    limit: float
+    names: tuple[str, str] = ("a", "b")
+
+    @property
+    def unit(self) -> float:
+        """``depth·eps``, what the errors are counted in."""
+        return self.depth * EPS[self.dtype]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the two agree."""
+        errors = [error for error in (self.value_error, self.gradient_error) if error is not None]
+        return not self.problems and all(error <= self.limit * self.unit for error in errors)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: whether the two agree, by how much they differ, and what is wrong."""
+        agree = "agree" if self.ok else "do NOT agree"
+        errors = [("values", self.value_error), ("gradients", self.gradient_error)]
+        figures = " and ".join(
+            f"{name}{' differ' if i == 0 else ''} by {error / self.unit:.2g}"
+            for i, (name, error) in enumerate((name, error) for name, error in errors if error is not None)
+        )
+        reasons = [
+            f"{figures} depth·eps, {self.limit:g} are allowed (depth {self.depth}, {self.dtype})",
+            *self.problems[:3],
+        ]
+        if len(self.problems) > 3:
+            reasons.append(f"and {len(self.problems) - 3} problems more")
+        return f"{self.names[0]} and {self.names[1]} {agree}: {'; '.join(reasons)}."
+
+    def table(self, limit: int = 12) -> str:
+        """Return a table of the ``limit`` worst tensors, worst first, as plain text.
+
+        Columns: the error's share in the whole tree's in units of ``depth·eps`` (judged as their root sum of squares),
+        the error relative to the tensor itself (shown only), the tensor's norm.
+        """
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        norms = {kind: math.hypot(*(row.norm for row in self.rows if row.kind == kind and not row.problem))
+                 for kind in ("value", "gradient")}  # fmt: skip
+        shares = {id(row): _ratio(row.error, norms[row.kind]) / self.unit for row in self.rows}
+        worst = sorted(self.rows, key=lambda row: (not row.problem, -_or_inf(shares[id(row)])))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("tensor", no_wrap=True)
+        for header in ("depth·eps of all", "relative to itself", f"norm in {self.names[1]}"):
+            table.add_column(header, justify="right", no_wrap=True)
+        for row in worst[:limit]:
+            figures = (f"{shares[id(row)]:.3g}", f"{_ratio(row.error, row.norm):.1e}", f"{row.norm:.3g}")
+            table.add_row(f"{row.kind} {row.name}", *((row.problem, "", "") if row.problem else figures))
+        for kind, error in (("value", self.value_error), ("gradient", self.gradient_error)):
+            if error is not None:
+                table.add_row(f"all {kind}s", f"{error / self.unit:.3g}", f"{error:.1e}", f"{norms[kind]:.3g}")
+        if len(worst) > limit:
+            table.caption = f"the worst {limit} of {len(worst)} tensors"
+        with io.StringIO() as file:
+            Console(file=file, width=250, color_system=None, highlight=False, markup=False, emoji=False).print(table)
+            lines = textwrap.dedent(file.getvalue()).splitlines()
+            return "\n".join(line.rstrip() for line in lines).strip("\n")
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n{self.verdict}"
+
+
+def compare(
+    a: Record,
+    b: Record,
+    *,
+    depth: int | None = None,
+    dtype: str | None = None,
+    limit: float = 16.0,
+    names: tuple[str, str] = ("a", "b"),
+) -> Report:
+    """Hold two records against each other: ``‖a − b‖ ≤ limit·depth·eps(dtype)·‖b‖`` over all values, and all gradients.
+
+    Whatever the limit, these never agree: a name missing on one side, other shapes, NaN or infinity, all gradients
+    (or values) zero, nothing recorded, and a tolerance above 1e-2, which would prove nothing.
+
+    Args:
+        a: one record.
+        b: the other, relative to which errors are given.
+        depth: counts in this depth instead of the records' own.
+        dtype: counts in this dtype's eps instead of the coarser of the records' own.
+        limit: how many ``depth·eps`` are allowed.
+        names: what to call the two, such as ``("torch", "jax")``.
+
+    Raises:
+        SpecError: an argument of the wrong kind, or records of unlike depth with no ``depth`` given.
+
+    >>> one, none = ({"0.weight": np.ones(2) * x} for x in (1.0, np.nan))
+    >>> compare(Record(gradients=one, dtype="float64"), Record(gradients=one, dtype="float64")).ok
+    True
+    >>> compare(Record(gradients=none, dtype="float64"), Record(gradients=one, dtype="float64")).problems
+    ('gradient 0.weight is not finite in a',)
+    """
+    for record in (a, b):
+        if not isinstance(record, Record):
+            raise SpecError(
+                f"compare: came a {type(record).__name__}, expected a Record(values, gradients, depth, dtype)"
+            )
+    if depth is None and a.depth != b.depth:
+        raise SpecError(f"compare: the records have depth {a.depth} and {b.depth}: say which counts, depth={b.depth}")
+    depth = a.depth if depth is None else depth
+    dtype = max(a.dtype, b.dtype, key=EPS.__getitem__) if dtype is None else dtype
+    _check(depth, dtype)
+    value_rows, value_error, problems = _measure("value", a.values, b.values, names)
+    gradient_rows, gradient_error, more = _measure("gradient", a.gradients, b.gradients, names)
+    problems += more
+    tolerance = limit * depth * EPS[dtype]
+    if not tolerance <= _LOOSEST:
+        problems.append(
+            f"the tolerance {tolerance:.1e} is above {_LOOSEST:g} and proves nothing (lower the limit, or compare the "
+            "error of each against float64)"
+        )
+    rows = (*value_rows, *gradient_rows)
+    return Report(rows, value_error, gradient_error, tuple(problems), depth, dtype, limit, names)
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """Return an array of NumPy, torch or JAX, or a number, as a NumPy array; bfloat16 of torch comes as float32.
+
+    Raises:
+        SpecError: it is none of these.
+
+    >>> to_numpy(2.0)
+    array(2.)
+    """
+    original = array
+    if hasattr(array, "detach") and hasattr(array, "cpu"):  # torch: off the graph, off the device
+        array = array.detach().cpu()
+        if array.is_floating_point() and str(array.dtype) not in ("torch.float64", "torch.float16"):
+            array = array.float()
+        array = array.resolve_conj().resolve_neg()
+    elif not hasattr(array, "__array__") and hasattr(array, "__dlpack__"):
+        array = np.from_dlpack(array)
+    try:
+        result = np.asarray(array)
+        result.astype(np.complex128 if result.dtype.kind == "c" else np.float64, copy=False)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"expected an array of numbers, got {type(original).__name__}: {error}") from error
+    return result
+
+
+def _measure(
+    kind: Literal["value", "gradient"], a: Mapping[str, Any] | None, b: Mapping[str, Any] | None, names: tuple[str, str]
+) -> tuple[list[Row], float | None, list[str]]:
+    if a is None and b is None:
+        return [], None, []
+    a, b = a or {}, b or {}
+    rows, norms_a = [], []
+    for name in dict.fromkeys((*b, *a)):
+        if name not in a or name not in b:
+            rows.append(Row(kind, name, problem=f"is missing in {names[0] if name not in a else names[1]}"))
+            continue
+        left, right = to_numpy(a[name]), to_numpy(b[name])
+        if left.shape != right.shape:
+            problem = f"has shape {left.shape} in {names[0]}, but {right.shape} in {names[1]}"
+            rows.append(Row(kind, name, problem=problem))
+            continue
+        # float64 holds the sum of squares of any narrower dtype, and the difference of any two
+        wide = np.complex128 if "c" in (left.dtype.kind, right.dtype.kind) else np.float64
+        left, right = left.astype(wide), right.astype(wide)
+        blame = [side for side, array in zip(names, (left, right), strict=True) if not np.isfinite(array).all()]
+        if blame:
+            rows.append(Row(kind, name, problem=f"is not finite in {' and '.join(blame)}"))
+            continue
+        norms_a.append(float(np.linalg.norm(left)))
+        rows.append(Row(kind, name, float(np.linalg.norm(left - right)), float(np.linalg.norm(right))))
+    problems = [f"{kind} {row.name} {row.problem}" for row in rows if row.problem]
+    compared = [row for row in rows if not row.problem]
+    if not rows:
+        problems.append(f"no {kind}s were recorded")
+    norm = math.hypot(*(row.norm for row in compared))
+    for side, size in zip(names, (math.hypot(*norms_a), norm), strict=True):
+        if compared and size == 0:
+            problems.append(f"all {kind}s are zero in {side}")
+    return rows, _ratio(math.hypot(*(row.error for row in compared)), norm) if compared else math.inf, problems
+
+
+def _check(depth: Any, dtype: Any) -> None:
+    if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+        raise SpecError(f"depth came as {depth!r}, but must be a whole number of at least 1")
+    if not isinstance(dtype, str) or dtype not in EPS:
+        raise SpecError(f"dtype came as {dtype!r}, expected one of {', '.join(map(repr, EPS))}")
+
+
+def _ratio(error: float, norm: float) -> float:
+    """``error / norm``, where 0/0 is 0 and not NaN: an error of exactly nothing."""
+    return 0.0 if error == 0 else error / norm if norm else math.inf
+
+
+def _or_inf(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -1,0 +1,47 @@
+"""What tests share: trees of arrays held against each other by :mod:`revcore.parity`, which fails what must fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from revcore.parity import Record, compare
+
+
+def flat(tree: Any, name: str = "") -> dict[str, Any]:
+    """Return the arrays of nested dicts, lists and tuples by dotted name; ``None`` is no array.
+
+    >>> flat({"a": [1.0, (2.0, None)]})
+    {'a.0': 1.0, 'a.1.0': 2.0}
+    """
+    if tree is None:
+        return {}
+    if isinstance(tree, Mapping):
+        items = list(tree.items())
+    elif isinstance(tree, (list, tuple)):
+        items = list(enumerate(tree))
+    else:
+        return {name or "array": tree}
+    return {key: value for k, v in items for key, value in flat(v, f"{name}.{k}" if name else str(k)).items()}
+
+
+def tree_error(a: Any, b: Any) -> float:
+    """Return ``‖a − b‖ / ‖b‖`` over two whole trees; what is missing, not finite, all zero or misshapen fails.
+
+    >>> tree_error({"w": [3.0, 4.0]}, {"w": [3.0, 4.0]})
+    0.0
+    """
+    report = compare(Record(gradients=flat(a), dtype="float64"), Record(gradients=flat(b), dtype="float64"))
+    assert not report.problems, f"\n{report}"
+    assert report.gradient_error is not None
+    return report.gradient_error
+
+
+def assert_close(a: Any, b: Any, *, depth: int = 1, dtype: str = "float64", limit: float = 16.0) -> None:
+    """Fail unless ``‖a − b‖ ≤ limit·depth·eps(dtype)·‖b‖`` over the two whole trees; the failure shows the table.
+
+    >>> assert_close([1.0], [1.0 + 1e-15])
+    """
+    left, right = (Record(gradients=flat(tree), depth=depth, dtype=dtype) for tree in (a, b))
+    report = compare(left, right, limit=limit)
+    assert report.ok, f"\n{report}"
