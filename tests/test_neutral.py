@@ -1,157 +1,32 @@
-"""The neutral form of whole models: names, what is refused and what stays unchanged then, optimizers, stacks."""
+"""The neutral form of whole models: names, gradients, and what is refused and stays unchanged then."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from helpers import assert_close, tree_error
+from neutral_models import (
+    TOKENS,
+    TorchModel,
+    linen_variables,
+    nnx_gradients,
+    nnx_loss,
+    nnx_model,
+    torch_loss,
+)
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
-import optax  # noqa: E402
 from flax import linen, nnx  # noqa: E402
 from torch import nn  # noqa: E402
 
 import revcore  # noqa: E402
 from revcore_jax import neutral as jax_neutral  # noqa: E402
 from revcore_torch import neutral as torch_neutral  # noqa: E402
-
-
-class TorchBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4)
-        self.attn = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
-        self.gain = nn.Parameter(torch.ones(4))
-
-    def forward(self, x: Any) -> Any:
-        h = self.norm(x)
-        return self.gain * self.mlp(self.attn(h, h, h, need_weights=False)[0])
-
-
-class NnxBlock(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.norm = nnx.LayerNorm(4, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
-        self.attn = nnx.MultiHeadAttention(2, 4, decode=False, dropout_rate=0.1, deterministic=True, rngs=rngs)
-        self.mlp = nnx.Sequential(nnx.Linear(4, 6, rngs=rngs), gelu, nnx.Linear(6, 4, rngs=rngs))
-        self.gain = nnx.Param(jnp.ones(4))
-
-    def __call__(self, x: Any) -> Any:
-        return self.gain * self.mlp(self.attn(self.norm(x)))
-
-
-class LinenBlock(linen.Module):
-    def setup(self) -> None:
-        self.norm = linen.LayerNorm(epsilon=1e-5, use_fast_variance=False)
-        self.attn = linen.MultiHeadDotProductAttention(2)
-        self.mlp = linen.Sequential([linen.Dense(6), gelu, linen.Dense(4)])
-        self.gain = self.param("gain", lambda key: jnp.ones(4))
-
-    def __call__(self, x: Any) -> Any:
-        return self.gain * self.mlp(self.attn(self.norm(x)))
-
-
-def gelu(x: Any) -> Any:
-    return jax.nn.gelu(x, approximate=False)
-
-
-class TorchModel(nn.Module):
-    """A reversible container is an ``nn.Sequential`` in torch ..."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.body = nn.Sequential(TorchBlock(), TorchBlock())
-        self.heads = nn.ModuleList([nn.Linear(4, 7), nn.Linear(4, 2)])
-
-    def forward(self, tokens: Any) -> Any:
-        x = self.embed(tokens)
-        for block in self.body:
-            x = x + block(x)
-        return self.heads[0](x)
-
-
-class NnxBody(nnx.Module):
-    """... and keeps its blocks in a list in Flax, which names leave out."""
-
-    neutral_transparent: ClassVar = ("layers",)
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.List([NnxBlock(rngs), NnxBlock(rngs)])
-
-
-class NnxModel(nnx.Module):
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Embed(7, 4, rngs=rngs)
-        self.body = NnxBody(rngs)
-        self.heads = nnx.List([nnx.Linear(4, 7, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)])
-
-    def __call__(self, tokens: Any) -> Any:
-        x = self.embed(tokens)
-        for block in self.body.layers:
-            x = x + block(x)
-        return self.heads[0](x)
-
-
-class LinenBody(linen.Module):
-    neutral_transparent: ClassVar = ("layers",)
-    layers: Any
-
-    def __call__(self, x: Any) -> Any:
-        for block in self.layers:
-            x = x + block(x)
-        return x
-
-
-class LinenModel(linen.Module):
-    def setup(self) -> None:
-        self.embed = linen.Embed(7, 4)
-        self.body = LinenBody([LinenBlock(), LinenBlock()])
-        self.heads = [linen.Dense(7), linen.Dense(2)]
-
-    def __call__(self, tokens: Any) -> Any:
-        x = self.body(self.embed(tokens))
-        return self.heads[0](x) + 0 * self.heads[1](x).sum()
-
-
-RNG = np.random.default_rng(0)
-TOKENS = RNG.integers(0, 7, (2, 5))
-
-
-def torch_loss(model: nn.Module) -> Any:
-    return (model(torch.from_numpy(TOKENS)) ** 2).mean()
-
-
-def nnx_loss(model: Any) -> Any:
-    return (model(TOKENS) ** 2).mean()
-
-
-@functools.cache
-def first_nnx_model() -> NnxModel:
-    return nnx.jit(lambda: NnxModel(nnx.Rngs(0)))()
-
-
-def nnx_model() -> NnxModel:
-    return nnx.clone(first_nnx_model())
-
-
-@nnx.jit
-def nnx_gradients(model: NnxModel) -> Any:
-    return nnx.grad(nnx_loss)(model)
-
-
-@functools.cache
-def linen_variables() -> tuple[linen.Module, Any, Any]:
-    model = LinenModel()
-    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
-    variables = jax.tree.map(lambda shape: RNG.standard_normal(shape.shape, np.float32), shapes)
-    return model, variables, jax_neutral.linen_layers(model, TOKENS)
 
 
 def test_names_are_torchs_in_every_library() -> None:
@@ -404,97 +279,3 @@ def test_num_batches_tracked_only_where_it_has_a_say() -> None:
     fresh = nn.BatchNorm1d(2, momentum=None)  # type: ignore[arg-type]
     torch_neutral.from_neutral(fresh, tensors)
     assert int(fresh.num_batches_tracked) == 1  # type: ignore[arg-type]
-
-
-# --- optimizers -------------------------------------------------------------------------------------------------------
-
-
-def used(model: Any) -> Any:
-    """The model without its second head, which the loss does not use."""
-    if isinstance(model, nn.Module):
-        model.heads = nn.ModuleList([model.heads[0]])  # type: ignore[index]
-    else:
-        model.heads = nnx.List([model.heads[0]])
-    return model
-
-
-@pytest.mark.parametrize("wrapped", [True, False], ids=["nnx.Optimizer", "optax"])
-def test_training_goes_on_in_either_framework(wrapped: bool) -> None:
-    """Two steps here, the state carried over, one step on either side; and the state goes back exact."""
-    source, target = used(TorchModel()), used(nnx_model())
-    adam = torch.optim.AdamW(source.parameters(), lr=1e-2, weight_decay=0.1)
-
-    def step() -> None:
-        adam.zero_grad()
-        torch_loss(source).backward()
-        adam.step()
-
-    step()
-    step()
-    state = torch_neutral.optimizer_to_neutral(source, adam)
-    assert state["step"] == 2
-    tensors = torch_neutral.to_neutral(source)
-
-    jax_neutral.from_neutral(target, tensors)
-    schedule = optax.adamw(lambda count: jnp.where(count == 2, 1e-2, jnp.nan), weight_decay=0.1)
-    params = nnx.state(target, nnx.Param)
-    if wrapped:
-        optimizer = nnx.Optimizer(target, schedule, wrt=nnx.Param)
-        jax_neutral.optimizer_from_neutral(target, optimizer, state)
-        assert optimizer.step.get_value() == 2
-        back = jax_neutral.optimizer_to_neutral(target, optimizer)
-        nnx.jit(lambda model, optimizer: optimizer.update(model, nnx.grad(nnx_loss)(model)))(target, optimizer)
-    else:
-        moments = jax_neutral.optimizer_from_neutral(target, schedule.init(params), state)
-        back = jax_neutral.optimizer_to_neutral(target, moments)
-        updates, _ = jax.jit(schedule.update)(nnx_gradients(target), moments, params)
-        nnx.update(target, optax.apply_updates(params, updates))
-    assert sorted(back) == sorted(state)
-    assert all(np.array_equal(back[name], state[name]) for name in state)
-    step()
-    before, after = (torch_neutral.to_neutral(source), jax_neutral.to_neutral(target))
-    moved = {name: before[name] - tensors[name] for name in tensors}
-    theirs = {name: after[name] - tensors[name] for name in tensors}
-    assert tree_error(theirs, moved) < 1e-3  # of the step itself, which divides by small second moments
-
-    fresh = used(TorchModel())
-    new = torch.optim.AdamW(fresh.parameters(), lr=1e-2, weight_decay=0.1)
-    torch_neutral.from_neutral(fresh, tensors)
-    torch_neutral.optimizer_from_neutral(fresh, new, back)
-    torch_loss(fresh).backward()
-    new.step()
-    for name, array in torch_neutral.to_neutral(fresh).items():
-        np.testing.assert_array_equal(array, before[name])
-
-
-def test_linen_moments() -> None:
-    _, variables, layers = linen_variables()
-    state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(variables["params"])
-    tensors = jax_neutral.optimizer_to_neutral(variables, state, layers=layers)
-    model = TorchModel()
-    adam = torch.optim.Adam(model.parameters())
-    assert sorted(tensors) == sorted(torch_neutral.optimizer_to_neutral(model, adam))
-    changed = {name: array + 1 for name, array in tensors.items()}
-    filled = jax_neutral.optimizer_from_neutral(variables, state, changed, layers=layers)
-    back = jax_neutral.optimizer_to_neutral(variables, filled, layers=layers)
-    assert all(np.array_equal(back[name], changed[name]) for name in changed)
-
-
-def test_optimizers_that_are_not_adam() -> None:
-    model, other = nn.Linear(2, 2), nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-    model(torch.ones(1, 2)).sum().backward()
-    for optimizer in (
-        torch.optim.SGD(model.parameters(), momentum=0.9),
-        torch.optim.Adam(model.parameters(), amsgrad=True),
-    ):
-        optimizer.step()
-        with pytest.raises(revcore.SpecError, match="expected step, exp_avg and exp_avg_sq"):
-            torch_neutral.optimizer_to_neutral(model, optimizer)
-    with pytest.raises(revcore.SpecError, match="state holds 0 Adam states"):
-        jax_neutral.optimizer_to_neutral(other, optax.sgd(1e-3, momentum=0.9).init(nnx.state(other, nnx.Param)))
-    with pytest.raises(revcore.SpecError, match="not the module's"):
-        torch_neutral.optimizer_to_neutral(nn.Linear(2, 2), torch.optim.Adam(model.parameters()))
-    adam = torch.optim.Adam(model.parameters())
-    with pytest.raises(revcore.SpecError, match=r"missing first\.weight"):
-        torch_neutral.optimizer_from_neutral(model, adam, {"step": np.array(1)})
-    assert not adam.state
