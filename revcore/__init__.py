@@ -24,6 +24,7 @@ from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
 if TYPE_CHECKING:
     from revcore import parity as parity
     from revcore import reference as reference
+    from revcore import weights as weights
     from revcore.laws import CouplingReport as CouplingReport
     from revcore.laws import InverseReport as InverseReport
     from revcore.laws import check_coupling as check_coupling
@@ -57,6 +58,7 @@ __all__ = [
     "reference",
     "reversible_columns",
     "revnet",
+    "weights",
 ]
 
 
@@ -67,6 +69,7 @@ _LAZY = {
     "check_coupling": "revcore.laws",
     "parity": "revcore.parity",
     "reference": "revcore.reference",
+    "weights": "revcore.weights",
 }
 
 

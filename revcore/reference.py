@@ -47,7 +47,7 @@ def forward(
             extra: tuple[Any, ...] = ()
             if step.block:
                 f, extra = step.split(next(queue)(*step.gather(current), *args, **kwargs))
-                check_block_output(index, f, current[step.target], _is_array, "NumPy array")
+                check_block_output(len(aux), f, current[step.target], _is_array, "NumPy array")
             y = step.coupling.forward(current[step.target], f)
             check_coupled(index, y, current[step.target])
             current[step.target] = y

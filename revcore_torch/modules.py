@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revcore.checks import check_program, check_split
+from revcore.checks import check_blocks, check_program, check_split
 from revcore.coupling import Coupling
 from revcore.errors import SpecError
 from revcore.laws import InverseReport, check_coupling
@@ -74,6 +74,8 @@ class ReversibleSequential(nn.Sequential):
         self.split_dim = split_dim
         self.coupling = coupling
         self.num_streams = num_streams if program is None else check_program(program).num_streams
+        if program is not None:
+            check_blocks(program, self, program.num_blocks)
         self._program = program
         self.policy = policy
         _ = self.program  # a wrong coupling or number of streams is told now

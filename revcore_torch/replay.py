@@ -117,9 +117,12 @@ def autocast_as(devices: tuple[torch.device, ...], state: AutocastState) -> Iter
 # --- buffers and parameters -------------------------------------------------------------------------------------------
 
 
-def _modules(block: Any) -> Iterator[nn.Module]:
-    if isinstance(block, nn.Module):
-        yield from block.modules()
+def _modules(block: Any) -> list[nn.Module]:
+    """Return a block's modules; unlike ``modules()``, one that is shared inside the block as often as it occurs."""
+    found = [block] if isinstance(block, nn.Module) else []
+    for module in found:
+        found += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 class Buffers:
@@ -175,7 +178,8 @@ ParameterVersions = tuple[tuple[int, int], ...]
 
 def parameter_versions(block: Any) -> ParameterVersions:
     """Return identity and version of each of the block's parameters (``p.data = …`` changes neither)."""
-    return tuple((id(p), p._version) for m in _modules(block) for p in m._parameters.values() if p is not None)
+    found = [p for m in _modules(block) for p in m._parameters.values() if p is not None]
+    return tuple([(id(p), p._version) for p in found])
 
 
 def check_parameters(index: int, block: Any, then: ParameterVersions) -> None:

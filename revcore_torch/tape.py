@@ -51,7 +51,7 @@ class Call:
             out = self.block(*streams, *args, **kwargs) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
             return check_stream_outputs(self.index, type(step).__name__, out, len(streams))
         gathered = step.gather(streams)
-        if not step.block:
+        if self.number is None:
             return gathered[0], ()
         versions = [_version(t) for t in gathered]
         f, aux = step.split(self.block(*gathered, *args, **kwargs))
@@ -60,7 +60,7 @@ class Call:
                 f"block of step {self.index} changed its input in place, which is a stream that others still need: "
                 "use the form that is not in place (nn.ReLU() for nn.ReLU(inplace=True)), or clone the input first"
             )
-        check_block_output(self.index, f, streams[step.target], _is_tensor, "tensor")
+        check_block_output(self.number, f, streams[step.target], _is_tensor, "tensor")
         return f, aux
 
     def merge(self, streams: Sequence[Tensor], f: Any) -> Streams:
