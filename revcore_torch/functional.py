@@ -16,7 +16,8 @@ from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program
 from revcore.step import Anchor
 from revcore_torch import replay
-from revcore_torch.tape import Arguments, Call, make_calls, run
+from revcore_torch.steps import Arguments, Call, make_calls
+from revcore_torch.tape import run
 
 Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
 

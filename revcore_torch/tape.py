@@ -19,83 +19,15 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
-from revcore.checks import check_block_output, check_coupled, check_stream_outputs
 from revcore.errors import InversionError, SpecError
 from revcore.policy import Policy, StoreAll, segments
 from revcore.program import Program
-from revcore.step import Anchor, Bijection, Couple, Primitive
+from revcore.step import Anchor, Couple
 from revcore_torch import detect, replay
+from revcore_torch.steps import Arguments, Call, Streams, make_calls, run_plain, version
 
-Streams = tuple[Tensor, ...]
 Meta = tuple[torch.Size, torch.dtype]
 Handle = tuple[int, int]
-
-
-class Call:
-    """One step of a program with the block it calls."""
-
-    __slots__ = ("block", "index", "number", "step")
-
-    def __init__(self, index: int, step: Primitive, block: Any, number: int | None) -> None:
-        self.index, self.step, self.block, self.number = index, step, block, number
-
-    @property
-    def is_coupled(self) -> bool:
-        """Whether undoing the step needs the block's output."""
-        return isinstance(self.step, Couple)
-
-    def evaluate(self, streams: Sequence[Tensor], arguments: Arguments) -> tuple[Any, tuple[Any, ...]]:
-        """Return what the block makes of the streams (``f``, or all streams anew), and its auxiliary outputs."""
-        step, (args, kwargs) = self.step, arguments.of(self)
-        if not isinstance(step, Couple):
-            out = self.block(*streams, *args, **kwargs) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
-            return check_stream_outputs(self.index, type(step).__name__, out, len(streams))
-        gathered = step.gather(streams)
-        if self.number is None:
-            return gathered[0], ()
-        versions = [_version(t) for t in gathered]
-        f, aux = step.split(self.block(*gathered, *args, **kwargs))
-        if [_version(t) for t in gathered] != versions:
-            raise SpecError(
-                f"block of step {self.index} changed its input in place, which is a stream that others still need: "
-                "use the form that is not in place (nn.ReLU() for nn.ReLU(inplace=True)), or clone the input first"
-            )
-        check_block_output(self.number, f, streams[step.target], _is_tensor, "tensor")
-        return f, aux
-
-    def merge(self, streams: Sequence[Tensor], f: Any) -> Streams:
-        """Return the streams after the step, ``f`` being what :meth:`evaluate` returned."""
-        if not isinstance(self.step, Couple):
-            return f
-        target = self.step.target
-        y = self.step.coupling.forward(streams[target], f)
-        check_coupled(self.index, y, streams[target])
-        return (*streams[:target], y, *streams[target + 1 :])
-
-    def undo(self, streams: Sequence[Tensor], f: Any, arguments: Arguments) -> Streams:
-        """Return the streams before the step; ``f`` is not used where the step calls no coupling."""
-        step, (args, kwargs) = self.step, arguments.of(self)
-        if isinstance(step, Couple):
-            x = step.coupling.inverse(streams[step.target], f)
-            return (*streams[: step.target], x, *streams[step.target + 1 :])
-        assert isinstance(step, Bijection)
-        out = self.block.inverse(*streams, *args, **kwargs) if step.block else step.inverse(*streams)  # type: ignore[misc]
-        return check_stream_outputs(self.index, "Bijection.inverse", out, len(streams))[0]
-
-
-class Arguments:
-    """What blocks get after their sources: some common to all, some for one block each."""
-
-    __slots__ = ("args", "kwargs", "layerwise")
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layerwise: Sequence[Any] | None) -> None:
-        self.args, self.kwargs, self.layerwise = args, kwargs, layerwise
-
-    def of(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self.layerwise is None or call.number is None:
-            return self.args, self.kwargs
-        args, kwargs = self.layerwise[call.number]
-        return (*self.args, *args), {**self.kwargs, **kwargs}
 
 
 class Frame:
@@ -172,7 +104,7 @@ class Tape:
         streams = given = tuple(s.contiguous() if 0 in s.stride() else s for s in streams)
         leaves = pytree.tree_leaves((arguments.args, arguments.kwargs, arguments.layerwise))
         tensors = tuple(leaves[i] for i in self.places)
-        versions = [_version(t) for t in tensors]
+        versions = [version(t) for t in tensors]
         random = replay.random_state(self.devices)
         aux: list[tuple[Any, ...]] = []
         for call in calls:
@@ -181,7 +113,7 @@ class Tape:
             self.frames[-1].random = before if before != random else None
             if call.step.block:
                 aux.append(extra)
-        if versions != [_version(t) for t in tensors]:
+        if versions != [version(t) for t in tensors]:
             raise SpecError("a block changed one of its arguments in place, so it cannot run again: clone it first")
         kept = (*(given if self.kind == "checkpoint" else streams), *tensors)
         outputs, spec = pytree.tree_flatten((streams, aux))
@@ -425,30 +357,10 @@ def run(
     for segment in plan:
         here = calls[segment.start : segment.stop]
         if segment.kind == "store":
-            streams, extra = _plain(here, streams, arguments)
+            streams, extra = run_plain(here, streams, arguments)
         else:
             streams, extra = Tape(segment.kind, streams, arguments).record(here, streams, arguments)
         aux += extra
-    return streams, aux
-
-
-def make_calls(program: Program, blocks: Sequence[Any]) -> list[Call]:
-    """Give each step its block, in running order."""
-    numbers = iter(range(len(blocks)))
-    calls = []
-    for index, step in enumerate(program.unrolled):
-        number = next(numbers) if step.block else None
-        calls.append(Call(index, step, None if number is None else blocks[number], number))
-    return calls
-
-
-def _plain(calls: Sequence[Call], streams: Streams, arguments: Arguments) -> tuple[Streams, list[tuple[Any, ...]]]:
-    aux = []
-    for call in calls:
-        f, extra = call.evaluate(streams, arguments)
-        streams = call.merge(streams, f)
-        if call.step.block:
-            aux.append(extra)
     return streams, aux
 
 
@@ -464,16 +376,8 @@ def _can_record() -> bool:
     )
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _detached(f: Any) -> Any:
     return tuple(part.detach() for part in f) if isinstance(f, tuple) else f.detach()
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _difference(now: list[Meta], then: list[Meta]) -> str:

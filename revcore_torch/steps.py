@@ -1,0 +1,111 @@
+"""One step of a program with its block: evaluate, merge, undo. What both a first and a second run are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from revcore.checks import check_block_output, check_coupled, check_stream_outputs
+from revcore.errors import SpecError
+from revcore.program import Program
+from revcore.step import Bijection, Couple, Primitive
+
+Streams = tuple[Tensor, ...]
+
+
+class Call:
+    """One step of a program with the block it calls."""
+
+    __slots__ = ("block", "index", "number", "step")
+
+    def __init__(self, index: int, step: Primitive, block: Any, number: int | None) -> None:
+        self.index, self.step, self.block, self.number = index, step, block, number
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether undoing the step needs the block's output."""
+        return isinstance(self.step, Couple)
+
+    def evaluate(self, streams: Sequence[Tensor], arguments: Arguments) -> tuple[Any, tuple[Any, ...]]:
+        """Return what the block makes of the streams (``f``, or all streams anew), and its auxiliary outputs."""
+        step, (args, kwargs) = self.step, arguments.of(self)
+        if not isinstance(step, Couple):
+            out = self.block(*streams, *args, **kwargs) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
+            return check_stream_outputs(self.index, type(step).__name__, out, len(streams))
+        gathered = step.gather(streams)
+        if self.number is None:
+            return gathered[0], ()
+        versions = [version(t) for t in gathered]
+        f, aux = step.split(self.block(*gathered, *args, **kwargs))
+        if [version(t) for t in gathered] != versions:
+            raise SpecError(
+                f"block of step {self.index} changed its input in place, which is a stream that others still need: "
+                "use the form that is not in place (nn.ReLU() for nn.ReLU(inplace=True)), or clone the input first"
+            )
+        check_block_output(self.number, f, streams[step.target], _is_tensor, "tensor")
+        return f, aux
+
+    def merge(self, streams: Sequence[Tensor], f: Any) -> Streams:
+        """Return the streams after the step, ``f`` being what :meth:`evaluate` returned."""
+        if not isinstance(self.step, Couple):
+            return f
+        target = self.step.target
+        y = self.step.coupling.forward(streams[target], f)
+        check_coupled(self.index, y, streams[target])
+        return (*streams[:target], y, *streams[target + 1 :])
+
+    def undo(self, streams: Sequence[Tensor], f: Any, arguments: Arguments) -> Streams:
+        """Return the streams before the step; ``f`` is not used where the step calls no coupling."""
+        step, (args, kwargs) = self.step, arguments.of(self)
+        if isinstance(step, Couple):
+            x = step.coupling.inverse(streams[step.target], f)
+            return (*streams[: step.target], x, *streams[step.target + 1 :])
+        assert isinstance(step, Bijection)
+        out = self.block.inverse(*streams, *args, **kwargs) if step.block else step.inverse(*streams)  # type: ignore[misc]
+        return check_stream_outputs(self.index, "Bijection.inverse", out, len(streams))[0]
+
+
+class Arguments:
+    """What blocks get after their sources: some common to all, some for one block each."""
+
+    __slots__ = ("args", "kwargs", "layerwise")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layerwise: Sequence[Any] | None) -> None:
+        self.args, self.kwargs, self.layerwise = args, kwargs, layerwise
+
+    def of(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.layerwise is None or call.number is None:
+            return self.args, self.kwargs
+        args, kwargs = self.layerwise[call.number]
+        return (*self.args, *args), {**self.kwargs, **kwargs}
+
+
+def make_calls(program: Program, blocks: Sequence[Any]) -> list[Call]:
+    """Give each step its block, in running order."""
+    numbers = iter(range(len(blocks)))
+    calls = []
+    for index, step in enumerate(program.unrolled):
+        number = next(numbers) if step.block else None
+        calls.append(Call(index, step, None if number is None else blocks[number], number))
+    return calls
+
+
+def run_plain(calls: Sequence[Call], streams: Streams, arguments: Arguments) -> tuple[Streams, list[tuple[Any, ...]]]:
+    aux = []
+    for call in calls:
+        f, extra = call.evaluate(streams, arguments)
+        streams = call.merge(streams, f)
+        if call.step.block:
+            aux.append(extra)
+    return streams, aux
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often ``tensor`` was changed in place; 0 where nobody counts (inference mode)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
