@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from revcore.policy import Checkpoint, Reverse, StoreAll
-from revcore_jax.engine import InverseReport, check_inverse, inverse, reversible
+from revcore_jax.engine import check_inverse, inverse, reversible
 from revcore_jax.trees import stack, unstack
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
-    "InverseReport",
     "Reverse",
     "StoreAll",
     "check_inverse",

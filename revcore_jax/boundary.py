@@ -134,7 +134,7 @@ class _Walk:
         def run(leaves: Any, shared: Any, *streams: Any) -> Any:
             given = step.gather(streams)
             f: Any = step.split(slot(leaves, shared, *given))[0] if slot is not None else given[0]
-            check_block_output(index, f, streams[step.target], is_array, _KIND)
+            check_block_output(here.start, f, streams[step.target], is_array, _KIND)
             y = step.coupling.forward(streams[step.target], f)
             check_coupled(index, y, streams[step.target])
             return y

@@ -1,6 +1,6 @@
 """The JAX engine: a tree of steps with a forward and a backward each, under one ``jax.custom_vjp``.
 
-Read :func:`_forward` and :func:`_backward` side by side: for every kind of node one says what it does and what it
+Read :func:`forward` and :func:`backward` side by side: for every kind of node one says what it does and what it
 keeps, the other how it gets its input back and what gradients it gives. Four things hold throughout.
 
 1. What is kept for the backward pass: parameters, shared arguments, the last streams, and what anchors keep. Never a
@@ -16,7 +16,6 @@ keeps, the other how it gets its input back and what gradients it gives. Four th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,15 +27,16 @@ from jax import lax
 from revcore.checks import check_stream_outputs
 from revcore.coupling import Coupling
 from revcore.errors import SpecError
+from revcore.laws import InverseReport, relative_error
 from revcore.policy import Policy, Reverse, StoreAll, check_policy
 from revcore.program import Program
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
 from revcore_jax.boundary import bind, probe
 from revcore_jax.plan import Anchored, Loop, Node, Parts, Recomputed, Seq, Stored, children, make_plan
-from revcore_jax.trees import Block, add, mask_float0, pullback, take, zeros
+from revcore_jax.trees import add, mask_float0, pullback, take, zeros
 
 Streams = tuple[Any, ...]
-Slots = tuple[Block, ...]
+Slots = tuple[Any, ...]  # of Block, or Hoisted
 
 
 # --- the public functions ---------------------------------------------------------------------------------------------
@@ -133,31 +133,6 @@ def inverse(
     return _undo(make_plan(program.steps, StoreAll()), slots, theta, shared, y)
 
 
-@dataclass(frozen=True)
-class InverseReport:
-    """What :func:`check_inverse` measured, step by step from the input to the output.
-
-    Attributes:
-        steps: the kind of each primitive step, in running order.
-        local: relative error of rebuilding this step's input from its exact output.
-        drift: relative error of this step's input after walking back from the network's output (or the next anchor).
-    """
-
-    steps: tuple[str, ...]
-    local: tuple[float, ...]
-    drift: tuple[float, ...]
-
-    @property
-    def worst(self) -> float:
-        """The largest error of any rebuilt input; NaN if one is."""
-        return float(np.max(self.drift, initial=0.0))
-
-    def __str__(self) -> str:
-        rows = zip(self.steps, self.local, self.drift, strict=True)
-        lines = [f"{i:5}  {step:20}  {local:9.1e}  {drift:9.1e}" for i, (step, local, drift) in enumerate(rows)]
-        return "\n".join([f"{'step':>5}  {'':20}  {'local':>9}  {'drift':>9}", *lines])
-
-
 def check_inverse(
     program: Program,
     blocks: Sequence[Any],
@@ -191,17 +166,10 @@ def check_inverse(
             drift.append(0.0)
             current = states[i]
             continue
-        local.append(_distance(_undo(step, slot, values, shared, states[i + 1]), states[i]))
+        local.append(relative_error(_undo(step, slot, values, shared, states[i + 1]), states[i]))
         current = _undo(step, slot, values, shared, current)
-        drift.append(_distance(current, states[i]))
+        drift.append(relative_error(current, states[i]))
     return InverseReport(tuple(type(s[0]).__name__ for s in steps), tuple(local[::-1]), tuple(drift[::-1]))
-
-
-def _distance(a: Streams, b: Streams) -> float:
-    wide = [(np.asarray(x, np.complex128), np.asarray(y, np.complex128)) for x, y in zip(a, b, strict=True)]
-    off = sum(float(np.sum(np.abs(x - y) ** 2)) for x, y in wide)
-    size = sum(float(np.sum(np.abs(y) ** 2)) for _, y in wide)
-    return float(np.sqrt(off / size)) if off else 0.0
 
 
 def _unrolled(step: Step, slots: Slots, theta: Any) -> Any:
@@ -221,28 +189,28 @@ def _unrolled(step: Step, slots: Slots, theta: Any) -> Any:
 
 
 def _run_plainly(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Any:
-    return _forward(node, slots, theta, shared, streams, False)[:2]
+    return forward(node, slots, theta, shared, streams, False)[:2]
 
 
 _run_reversed = jax.custom_vjp(_run_plainly, nondiff_argnums=(0, 1))
 
 
 def _run_forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Any:
-    y, aux, residual = _forward(node, slots, theta, shared, streams, True)
+    y, aux, residual = forward(node, slots, theta, shared, streams, True)
     return (y, aux), (theta, shared, y, residual)
 
 
 def _run_backward(node: Node, slots: Slots, kept: Any, cotangents: Any) -> Any:
     theta, shared, y, residual = kept
     gy, gaux = cotangents
-    _, gx, gtheta, gshared = _backward(node, slots, theta, shared, residual, y, gy, mask_float0(gaux))
+    _, gx, gtheta, gshared = backward(node, slots, theta, shared, residual, y, gy, mask_float0(gaux))
     return gtheta, gshared, gx
 
 
 _run_reversed.defvjp(_run_forward, _run_backward)
 
 
-def _forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams, keep: bool) -> Any:
+def forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams, keep: bool) -> Any:
     """Return ``(streams, aux, residual)``: one tuple of aux for each slot; no residual unless ``keep``."""
     match node:
         case Couple():
@@ -262,7 +230,7 @@ def _forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams
         case Loop(body, n):
 
             def one(streams: Streams, theta: Any) -> Any:
-                y, aux, kept = _forward(body, slots, theta, shared, streams, keep)
+                y, aux, kept = forward(body, slots, theta, shared, streams, keep)
                 return y, (aux, kept)
 
             streams, (aux, residual) = lax.scan(one, streams, theta, length=n)
@@ -278,15 +246,15 @@ def _forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams
             (y, aux), pull = pullback(partial(_run_plainly, inner, slots), theta, shared, streams)
             return y, aux, (streams, pull.without((theta, shared, streams)))
         case Anchored(inner) if keep:
-            y, aux, residual = _forward(inner, slots, theta, shared, streams, True)
+            y, aux, residual = forward(inner, slots, theta, shared, streams, True)
             return y, aux, (streams, residual)
         case Recomputed(inner):
             return *jax.checkpoint(partial(_run_plainly, inner, slots))(theta, shared, streams), ()
         case Stored(inner) | Anchored(inner):
-            return _forward(inner, slots, theta, shared, streams, False)
+            return forward(inner, slots, theta, shared, streams, False)
 
 
-def _backward(
+def backward(
     node: Node,
     slots: Slots,
     theta: Any,
@@ -332,7 +300,7 @@ def _backward(
 
             def one(carry: Any, item: Any) -> Any:
                 y, gy, total = carry
-                x, gx, gtheta, gshared = _backward(body, slots, item[0], shared, item[1], y, gy, item[2])
+                x, gx, gtheta, gshared = backward(body, slots, item[0], shared, item[1], y, gy, item[2])
                 return (x, gx, add(total, gshared)), gtheta
 
             start = (y, gy, zeros(shared))
@@ -352,7 +320,7 @@ def _backward(
             return x, gx, gtheta, gshared
         case Anchored(inner):
             x, kept = residual
-            _, gx, gtheta, gshared = _backward(inner, slots, theta, shared, kept, y, gy, gaux)
+            _, gx, gtheta, gshared = backward(inner, slots, theta, shared, kept, y, gy, gaux)
             return x, gx, gtheta, gshared
         case _:
             raise AssertionError(f"{node} has no reversible backward pass")
@@ -379,8 +347,8 @@ def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams) -> Stre
 
 
 # Jitted under the identity of (node, slots): equal layers are traced once, and eager calls run compiled steps.
-_forward_jit = jax.jit(_forward, static_argnums=(0, 1, 5))
-_backward_jit = jax.jit(_backward, static_argnums=(0, 1, 8))
+_forward_jit = jax.jit(forward, static_argnums=(0, 1, 5))
+_backward_jit = jax.jit(backward, static_argnums=(0, 1, 8))
 
 
 # --- the pieces of one step -------------------------------------------------------------------------------------------

@@ -251,4 +251,4 @@ def unstack(tree: Any) -> list[Any]:
 
 def _form(tree: Any) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+    return treedef, [(jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves]
