@@ -154,6 +154,36 @@ explain ...). forward is y = 0.9·x + 0.1·f, whose inverse is x = (y - 0.1·f) 
     return CouplingReport(probe.name, round_trip, amplification, probe.check_vjp())
 
 
+def couplings_from_functions(forward: Any, inverse: Any, asarray: Callable[[np.ndarray], Any]) -> tuple[Coupling, ...]:
+    """Pair ``coupling_forward`` with ``coupling_inverse`` (one function each, or lists of one length), each pair proved.
+
+    Raises:
+        SpecError: lists of different lengths, a function that is none, a pair that breaks a law.
+
+    >>> len(couplings_from_functions(lambda x, f: x + f, lambda y, f: y - f, np.asarray))
+    1
+    """
+    forwards, inverses = (list(f) if isinstance(f, (list, tuple)) else [f] for f in (forward, inverse))
+    if len(forwards) != len(inverses):
+        raise SpecError(
+            f"{len(forwards)} coupling_forward and {len(inverses)} coupling_inverse came, expected as many of one as "
+            "of the other: they are used in pairs"
+        )
+    couplings = tuple(Coupling.from_functions(f, g) for f, g in zip(forwards, inverses, strict=True))
+    for coupling in couplings:
+        try:
+            check_coupling(coupling, asarray=asarray)
+        except SpecError:
+            raise
+        except Exception as error:  # whatever their own code raises
+            raise SpecError(
+                f"coupling_forward and coupling_inverse could not be tried on arrays of shape (64,): {error}. If they "
+                "hold arrays of their own, prove them by check_coupling(coupling, shape=...) and give them as "
+                "coupling=Coupling.from_functions(forward, inverse)"
+            ) from error
+    return couplings
+
+
 class _Probe:
     """One coupling on random NumPy values; arrays of another library are made and read back at its edge."""
 
@@ -173,10 +203,10 @@ class _Probe:
         return function(self.asarray(x), given[0] if len(given) == 1 else given, *map(self.asarray, more))
 
     def forward(self, x: np.ndarray, f: tuple[np.ndarray, ...]) -> np.ndarray:
-        return np.asarray(self._call(self.coupling.forward, x, f))
+        return _to_numpy(self._call(self.coupling.forward, x, f))
 
     def inverse(self, y: np.ndarray, f: tuple[np.ndarray, ...]) -> np.ndarray:
-        return np.asarray(self._call(self.coupling.inverse, y, f))
+        return _to_numpy(self._call(self.coupling.inverse, y, f))
 
     def amplification(self) -> float:
         x, f = self.draw("float64")
@@ -227,7 +257,7 @@ class _Probe:
         if pulled is NotImplemented:
             return None
         gx, gf = pulled
-        grads = [np.asarray(g) for g in (gx, *(gf if isinstance(gf, tuple) else (gf,)))]
+        grads = [_to_numpy(g) for g in (gx, *(gf if isinstance(gf, tuple) else (gf,)))]
         worst = 0.0
         for which, name in enumerate(("x", *(f"f[{i}]" for i in range(len(f))))):
             direction = self.rng.standard_normal(self.shape)
@@ -259,3 +289,7 @@ class _Probe:
         except (TypeError, ValueError, RuntimeError, NotImplementedError):
             pass  # the coupling does not take complex arrays
         return (moved(1e-6) - moved(-1e-6)) / 2e-6, False
+
+
+def _to_numpy(array: Any) -> np.ndarray:
+    return np.asarray(array.detach() if hasattr(array, "detach") else array)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from revcore.checks import check_blocks, check_program, check_split
 from revcore.coupling import Coupling
 from revcore.errors import SpecError
-from revcore.laws import InverseReport, check_coupling
+from revcore.laws import InverseReport, couplings_from_functions
 from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program, revnet
 from revcore_torch.functional import Layerwise, inverse, inverse_report, reversible
@@ -68,7 +68,7 @@ class ReversibleSequential(nn.Sequential):
         if coupling_forward is not None or coupling_inverse is not None:
             if coupling is not None:
                 raise SpecError("give either coupling, or coupling_forward and coupling_inverse")
-            coupling = couplings_from_functions(coupling_forward, coupling_inverse)
+            coupling = couplings_from_functions(coupling_forward, coupling_inverse, torch.from_numpy)
         if program is not None and (coupling is not None or num_streams != 2):
             raise SpecError("give either program, or coupling and num_streams: a program says both")
         self.split_dim = split_dim
@@ -228,21 +228,3 @@ def check_inverse(
         layerwise_args_kwargs=layerwise_args_kwargs,
         **kwargs,
     )
-
-
-def couplings_from_functions(forward: Any, inverse: Any) -> list[Coupling]:
-    """Pair forward and inverse functions (one each, or lists of one length), each pair proved by ``check_coupling``."""
-
-    def as_list(functions: Any) -> list[Any]:
-        return list(functions) if isinstance(functions, (list, tuple)) else [functions]
-
-    forwards, inverses = as_list(forward), as_list(inverse)
-    if len(forwards) != len(inverses):
-        raise SpecError(
-            f"{len(forwards)} coupling_forward and {len(inverses)} coupling_inverse came, expected as many of one as "
-            "of the other: they are used in pairs"
-        )
-    couplings: list[Coupling] = [Coupling.from_functions(f, g) for f, g in zip(forwards, inverses, strict=True)]
-    for coupling in couplings:
-        check_coupling(coupling, asarray=torch.from_numpy)
-    return couplings
