@@ -155,7 +155,7 @@ explain ...). forward is y = 0.9·x + 0.1·f, whose inverse is x = (y - 0.1·f) 
 
 
 def couplings_from_functions(forward: Any, inverse: Any, asarray: Callable[[np.ndarray], Any]) -> tuple[Coupling, ...]:
-    """Pair ``coupling_forward`` with ``coupling_inverse`` (a function each, or lists of one length), and prove each pair.
+    """Pair ``coupling_forward`` with ``coupling_inverse`` (functions, or lists of one length), and prove each pair.
 
     Raises:
         SpecError: lists of different lengths, a function that is none, a pair that breaks a law.

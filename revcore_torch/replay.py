@@ -177,9 +177,12 @@ ParameterVersions = tuple[tuple[int, int], ...]
 
 
 def parameter_versions(block: Any) -> ParameterVersions:
-    """Return identity and version of each of the block's parameters (``p.data = …`` changes neither)."""
+    """Return identity and version of each of the block's parameters (``p.data = …`` changes neither).
+
+    A sharded parameter counts as nobody: it and the gathered one are different objects that hold the same numbers.
+    """
     found = [p for m in _modules(block) for p in m._parameters.values() if p is not None]
-    return tuple([(id(p), p._version) for p in found])
+    return tuple([(0, 0) if hasattr(p, "device_mesh") else (id(p), p._version) for p in found])
 
 
 def check_parameters(index: int, block: Any, then: ParameterVersions) -> None:
@@ -187,20 +190,17 @@ def check_parameters(index: int, block: Any, then: ParameterVersions) -> None:
     now = parameter_versions(block)
     if now == then:
         return
-    if any(a[0] != b[0] for a, b in zip(then, now, strict=False)) or len(then) != len(now):
-        if any(_is_distributed(p) for m in _modules(block) for p in m._parameters.values()):
-            return  # sharded and gathered parameters are different objects, and hold the same numbers
+    differing = [(a, b) for a, b in zip(then, now, strict=False) if a != b and a[0] and b[0]]
+    if any(a[0] != b[0] for a, b in differing) or len(then) != len(now):
         cause = (
             "its parameters are other objects than in the forward pass. Under torch.func.functional_call, take the "
             "gradient inside it (torch.func.grad), or call backward before the parameters are swapped back"
         )
-    else:
+    elif differing:
         cause = (
             "its parameters were changed in place after the forward pass (an optimizer step, or weights loaded, "
             "before the backward pass). Call backward first, or run the forward pass again"
         )
+    else:
+        return
     raise InversionError(f"block of step {index} cannot be run again: {cause}")
-
-
-def _is_distributed(parameter: Any) -> bool:
-    return parameter is not None and hasattr(parameter, "device_mesh")
