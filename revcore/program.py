@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from revcore.coupling import Additive, Affine, Coupling, FunctionCoupling, Momentum
 from revcore.errors import SpecError
@@ -61,6 +61,18 @@ class Program:
     split: Split = "chunk"
     merge: Merge = "concat"
     same_shape: bool = True
+
+    if TYPE_CHECKING:  # as generated, but that sequences are made tuples
+
+        def __init__(
+            self,
+            steps: Sequence[Step],
+            num_streams: int = 2,
+            output: Sequence[int] = (),
+            split: Split = "chunk",
+            merge: Merge = "concat",
+            same_shape: bool = True,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", check_steps("Program", self.steps))
@@ -206,13 +218,15 @@ def _from_data(value: Any, functions: Mapping[str, Any]) -> Any:
     kind = fields.pop("kind", None)
     if kind == "named":
         name = fields.pop("name", None)
-        if fields or name not in functions:
+        if fields:
+            raise SpecError(f"named: unknown field {', '.join(map(repr, fields))}; what is named has kind, name")
+        if not isinstance(name, str) or name not in functions:
             raise SpecError(
                 f"Program.from_dict: the program uses {name!r}, which is made of code: pass "
                 f"functions={{{name!r}: ...}} (came: {sorted(functions) or 'none'})"
             )
         return functions[name]
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise SpecError(f"Program.from_dict: unknown kind {kind!r}, expected one of {', '.join(_KINDS)} or 'named'")
     return _build(_KINDS[kind], fields, functions, extra=("kind",))
 

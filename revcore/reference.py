@@ -20,9 +20,7 @@ from revcore.step import Anchor, Bijection, Couple
 _STEP = 1e-20
 
 
-def forward(
-    program: Program, blocks: Sequence[Callable[..., Any]], streams: Sequence[np.ndarray], *args: Any, **kwargs: Any
-) -> Any:
+def forward(program: Program, blocks: Sequence[Any], streams: Sequence[np.ndarray], *args: Any, **kwargs: Any) -> Any:
     """Run ``program`` and return its streams in output order; ``(streams, aux)`` where a block returned more.
 
     Args:
@@ -64,7 +62,7 @@ def forward(
 
 
 def inverse(
-    program: Program, blocks: Sequence[Callable[..., Any]], streams: Sequence[np.ndarray], *args: Any, **kwargs: Any
+    program: Program, blocks: Sequence[Any], streams: Sequence[np.ndarray], *args: Any, **kwargs: Any
 ) -> tuple[np.ndarray, ...]:
     """Return the input streams from which :func:`forward` made ``streams``.
 

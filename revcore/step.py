@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from revcore.arrays import permute_axes
 from revcore.coupling import Additive, Coupling
@@ -37,6 +37,17 @@ class Couple:
     coupling: Coupling = field(default_factory=Additive)
     combine: Literal["args", "sum"] = "args"
     block: bool = True
+
+    if TYPE_CHECKING:  # as generated, but that sources are made a tuple of whatever came
+
+        def __init__(
+            self,
+            target: int,
+            sources: int | Sequence[int],
+            coupling: Coupling = ...,
+            combine: Literal["args", "sum"] = "args",
+            block: bool = True,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         sources = (self.sources,) if isinstance(self.sources, int) else tuple(self.sources)
@@ -101,6 +112,10 @@ class Permute:
     """
 
     order: tuple[int, ...]
+
+    if TYPE_CHECKING:
+
+        def __init__(self, order: Sequence[int]) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "order", tuple(self.order))
@@ -208,7 +223,7 @@ class Bijection:
         return self.forward is None
 
     @staticmethod
-    def permute(order: tuple[int, ...]) -> Bijection:
+    def permute(order: Sequence[int]) -> Bijection:
         """Reorder the streams: the new stream ``i`` is the old ``order[i]``. Nothing is copied.
 
         >>> Bijection.permute((1, 2, 0)).inverse(*Bijection.permute((1, 2, 0)).forward(10, 20, 30))
@@ -253,6 +268,10 @@ class Chain:
     """
 
     steps: tuple[Step, ...]
+
+    if TYPE_CHECKING:
+
+        def __init__(self, steps: Sequence[Step]) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", check_steps("Chain", self.steps))
