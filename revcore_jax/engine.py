@@ -33,7 +33,7 @@ from revcore.program import Program
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
 from revcore_jax.boundary import bind, probe
 from revcore_jax.plan import Anchored, Loop, Node, Parts, Recomputed, Seq, Stored, children, make_plan
-from revcore_jax.trees import add, mask_float0, pullback, take, zeros
+from revcore_jax.trees import add, mask_float0, pullback, take, vary_alike, zeros
 
 Streams = tuple[Any, ...]
 Slots = tuple[Any, ...]  # of Block, or Hoisted
@@ -59,8 +59,9 @@ def reversible(
     (Gomez et al., arXiv 1707.04585).
 
     Gradients of any order flow to ``params``, ``streams``, ``args``, ``kwargs``, ``layerwise_args_kwargs``, to whatever
-    a block closes over, and from auxiliary outputs. Forward mode (``jax.jvp``, ``jax.linearize``, ``jax.hessian``) is
-    refused by JAX for every ``custom_vjp``: take ``policy=StoreAll()`` or ``Checkpoint()`` for it.
+    a block closes over, and from auxiliary outputs. JAX refuses forward mode (``jax.jvp``, ``jacfwd``, ``linearize``)
+    for every ``custom_vjp``, whose rule goes one way only: take ``policy=StoreAll()`` or ``Checkpoint()`` for it.
+    Forward over reverse (``jax.hessian``) works.
 
     Args:
         program: what to run.
@@ -97,10 +98,11 @@ def reversible(
     (8, (4, 4))
     """
     check_policy(policy)
-    slots, theta, shared, streams = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
-    slots, shared = probe(program, slots, theta, shared, streams)
+    slots, *leaves = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
+    theta, shared, start = vary_alike(leaves)
+    slots, shared = probe(program, slots, theta, shared, start)
     run = _run_reversed if isinstance(policy, Reverse) else _run_plainly
-    out, aux = run(make_plan(program.steps, policy), slots, theta, shared, streams)
+    out, aux = run(make_plan(program.steps, policy), slots, theta, shared, start)
     result = tuple(out[i] for i in program.output)
     return (result, list(aux)) if any(aux) else result
 

@@ -101,6 +101,28 @@ class Block:
         return function(params, *streams, *args, *more, **kwargs, **named)
 
 
+# --- device-varying types ---------------------------------------------------------------------------------------------
+
+
+def vary_alike(tree: Any) -> Any:
+    """Under ``shard_map``, let every float leaf vary over all mesh axes that any of them varies over.
+
+# --- device-varying types ---------------------------------------------------------------------------------------------
+    leaf did not vary before, the transpose of this cast sums its gradient over the devices, once.
+    """
+    axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
+
+    def cast(leaf: Any) -> Any:
+        missing = axes - _varying(leaf)
+        return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing and is_inexact(leaf) else leaf
+
+    return jax.tree.map(cast, tree) if axes else tree
+
+
+def _varying(leaf: Any) -> frozenset[Any]:
+    return frozenset(jax.typeof(leaf).manual_axis_type.varying)
+
+
 # --- what blocks close over -------------------------------------------------------------------------------------------
 
 

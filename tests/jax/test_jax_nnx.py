@@ -31,10 +31,7 @@ from revcore_jax.nnx import ReversibleSequential, stack, unstack
 D = 4
 
 
-@pytest.fixture(autouse=True)
-def x64() -> Any:
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def batch_norm() -> nnx.BatchNorm:
