@@ -63,19 +63,10 @@ def check_blocks(program: Program, blocks: Any, expected: int, *, repeats_once: 
     return blocks
 
 
-def check_split(size: int, num_streams: int, axis_name: str, axis: int) -> None:
-    """Refuse to part an axis that does not divide."""
-    if size % num_streams:
-        raise SpecError(
-            f"the input has size {size} along {axis_name} {axis}, which does not part into {num_streams} equal "
-            f"streams: use a size divisible by {num_streams}, another {axis_name}, or {axis_name}=None to give every "
-            "stream the whole"
-        )
-
-
 def check_block_output(index: int, f: Any, target: Any, is_array: Callable[[Any], bool], kind: str) -> None:
     """Refuse a block whose output is no array of its target stream's shape."""
-    for part in f if isinstance(f, tuple) else (f,):
+    parts: tuple[Any, ...] = f if isinstance(f, tuple) and f else (f,)
+    for part in parts:
         if not is_array(part):
             raise SpecError(
                 f"block {index} returned {type(part).__name__}, expected a {kind} (or a tuple that begins with it)"
