@@ -1,16 +1,9 @@
 """The JAX engine: a tree of steps with a forward and a backward each, under one ``jax.custom_vjp``.
 
 Read :func:`forward` and :func:`backward` side by side: for every kind of node one says what it does and what it
-keeps, the other how it gets its input back and what gradients it gives. Four things hold throughout.
-
-1. What is kept for the backward pass: parameters, shared arguments, the last streams, and what anchors keep. Never a
-   layer's input.
-2. Every leaf is an argument of the ``custom_vjp``; values that blocks close over are made arguments first
-   (:func:`revcore_jax.boundary.probe`). Leaves that are no floating-point or complex arrays (keys, integers) get
-   ``None`` for a gradient.
-3. Each step is jitted under its own identity (step, block, static arguments), so equal layers are traced once.
-4. In a sequence, a step's backward pass starts behind an ``optimization_barrier``. Rebuilding does not depend on the
-   cotangent, so without it XLA rebuilds all layers first and holds them all: reversible, and nothing saved.
+keeps, the other how it gets its input back and what gradients it gives. Four invariants hold throughout (J1 to J4 of
+``docs/design.md``): what is kept, that every leaf is an argument, that equal layers are traced once, and that a step's
+rebuild waits for its cotangent.
 """
 
 from __future__ import annotations
@@ -269,6 +262,7 @@ def backward(
 ) -> Any:
     """Return ``(x, gx, gtheta, gshared)``: the node's input, and the gradients."""
     if fence:
+        # J4: or XLA rebuilds all layers first and holds them all: reversible, and nothing saved
         theta, y, gy = lax.optimization_barrier((theta, y, gy))
     match node:
         case Couple(target, sources):

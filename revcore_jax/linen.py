@@ -14,9 +14,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import Scope, unfreeze
 
+from revcore import sequential
 from revcore.checks import check_blocks
 from revcore.coupling import Coupling
 from revcore.errors import InversionError, SpecError
@@ -55,16 +57,16 @@ class ReversibleSequential(nn.Module):
 
     def _settings(self) -> tuple[Program, tuple[str, str]]:
         check_policy(self.policy)
-        couplings = streams.check_settings(
-            self.program, self.coupling, self.coupling_forward, self.coupling_inverse, self.num_streams
+        couplings = sequential.check_settings(
+            self.program, self.coupling, self.coupling_forward, self.coupling_inverse, self.num_streams, jnp.asarray
         )
-        program = self.program or streams.default_program(len(self.layers), couplings, self.num_streams)
+        program = self.program or sequential.default_program(len(self.layers), couplings, self.num_streams)
         if any(isinstance(step, Repeat) for step in _walk(program.steps)):
             raise SpecError(
                 "revcore_jax.linen takes no program with a Repeat: write its steps out, or use revcore_jax.reversible "
                 "or revcore_jax.nnx, which scan over stacked parameters"
             )
-        return program, streams.split_and_merge(self.program, self.axis)
+        return program, sequential.split_and_merge(self.program, self.axis, "axis")
 
     def __call__(
         self,
@@ -110,7 +112,7 @@ class ReversibleSequential(nn.Module):
             InversionError: a block draws random numbers, which are not known afterwards.
         """
         program, how = self._settings()
-        streams.check_invertible(how, "revcore_jax.inverse")
+        sequential.check_invertible(how, "revcore_jax.inverse")
         blocks, given = _parted(self.layers, inverting=True)
         parts = streams.split(y, "chunk", program.num_streams, self.axis)
         result = engine.inverse(

@@ -14,8 +14,10 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from revcore import sequential
 from revcore.coupling import Coupling
 from revcore.errors import InversionError, SpecError
 from revcore.policy import Policy, Reverse, check_policy
@@ -76,9 +78,11 @@ class ReversibleSequential(nnx.Module):
         axis: int | None = -1,
         policy: Policy = Reverse(),  # noqa: B008 (frozen)
     ) -> None:
-        self._couplings = streams.check_settings(program, coupling, coupling_forward, coupling_inverse, num_streams)
+        self._couplings = sequential.check_settings(
+            program, coupling, coupling_forward, coupling_inverse, num_streams, jnp.asarray
+        )
         self._program = program
-        self._how = streams.split_and_merge(program, axis)
+        self._how = sequential.split_and_merge(program, axis, "axis")
         self.num_streams = num_streams if program is None else program.num_streams
         self.axis = axis
         self.policy = check_policy(policy)
@@ -87,7 +91,7 @@ class ReversibleSequential(nnx.Module):
     @property
     def program(self) -> Program:
         """What is run: the given program, or ``revnet`` over the blocks at hand."""
-        return self._program or streams.default_program(len(self.layers), self._couplings, self.num_streams)
+        return self._program or sequential.default_program(len(self.layers), self._couplings, self.num_streams)
 
     def __call__(self, x: Any, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Any:
         """Return the output, of the input's shape; ``(output, aux)`` where a block returned more than its ``f``.
@@ -120,7 +124,7 @@ class ReversibleSequential(nnx.Module):
             SpecError: the streams were not joined by ``"concat"``, so they cannot be told apart.
             InversionError: a block draws random numbers; call ``eval()`` first.
         """
-        streams.check_invertible(self._how, "revcore_jax.inverse")
+        sequential.check_invertible(self._how, "revcore_jax.inverse")
         _refuse_modules((args, kwargs, layerwise_args_kwargs))
         blocks, states = _parted(self.layers, inverting=True)
         parts = streams.split(y, "chunk", self.num_streams, self.axis)

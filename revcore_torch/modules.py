@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revcore.checks import check_blocks, check_program, check_split
+from revcore import sequential
+from revcore.checks import check_blocks
 from revcore.coupling import Coupling
 from revcore.errors import SpecError
-from revcore.laws import InverseReport, couplings_from_functions
+from revcore.laws import InverseReport
 from revcore.policy import Policy, Reverse, check_policy
-from revcore.program import Program, revnet
+from revcore.program import Program
 from revcore_torch.functional import Layerwise, inverse, inverse_report, reversible
 
 CouplingFunction = Callable[[Any, Any], Any]
@@ -65,20 +66,16 @@ class ReversibleSequential(nn.Sequential):
         policy: Policy = Reverse(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__(*modules)
-        if coupling_forward is not None or coupling_inverse is not None:
-            if coupling is not None:
-                raise SpecError("give either coupling, or coupling_forward and coupling_inverse")
-            coupling = couplings_from_functions(coupling_forward, coupling_inverse, torch.from_numpy)
-        if program is not None and (coupling is not None or num_streams != 2):
-            raise SpecError("give either program, or coupling and num_streams: a program says both")
-        self.split_dim = split_dim
-        self.coupling = coupling
-        self.num_streams = num_streams if program is None else check_program(program).num_streams
+        self._couplings = sequential.check_settings(
+            program, coupling, coupling_forward, coupling_inverse, num_streams, torch.from_numpy
+        )
         if program is not None:
             check_blocks(program, self, program.num_blocks)
         self._program = program
+        self._how = sequential.split_and_merge(program, split_dim, "split_dim")
+        self.num_streams = num_streams if program is None else program.num_streams
+        self.split_dim = split_dim
         self.policy = policy
-        _ = self.program  # a wrong coupling or number of streams is told now
 
     @property
     def policy(self) -> Policy:
@@ -92,13 +89,7 @@ class ReversibleSequential(nn.Sequential):
     @property
     def program(self) -> Program:
         """What is run: the given program, or ``revnet`` over the blocks at hand (so ``append`` and ``del`` work)."""
-        if self._program is not None:
-            return self._program
-        key = len(self), self.num_streams, self.coupling if isinstance(self.coupling, Coupling) else None
-        cached = self.__dict__.get("_revnet")
-        if cached is None or cached[0] != key:
-            cached = self.__dict__["_revnet"] = key, revnet(len(self), self.coupling, self.num_streams)
-        return cached[1]
+        return self._program or sequential.default_program(len(self), self._couplings, self.num_streams)
 
     def __getitem__(self, idx: Any) -> Any:
         if not isinstance(idx, slice):
@@ -110,12 +101,13 @@ class ReversibleSequential(nn.Sequential):
         part = type(self)(
             OrderedDict(list(self._modules.items())[idx]),  # type: ignore[arg-type]
             split_dim=self.split_dim,
-            coupling=self.coupling,
+            coupling=self._couplings or None,
             num_streams=self.num_streams,
             policy=self.policy,
         )
         return part.train(self.training)
 
+    @torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
     def forward(self, input: Tensor, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Any:
         """Return the output, of the input's shape; ``(output, aux)`` where a block returned more than its ``f``.
 
@@ -142,12 +134,7 @@ class ReversibleSequential(nn.Sequential):
             SpecError: the streams were not joined by ``"concat"``, so they cannot be told apart.
             InversionError: a block draws random numbers; call ``eval()`` first.
         """
-        split, merge = self._split_and_merge
-        if (split, merge) != ("chunk", "concat"):
-            raise SpecError(
-                f"inverse needs streams made by 'chunk' and joined by 'concat', but here they are made by {split!r} "
-                f"and joined by {merge!r}: use revcore_torch.inverse on the streams"
-            )
+        sequential.check_invertible(self._how, "revcore_torch.inverse")
         streams = inverse(
             self.program,
             tuple(self),
@@ -156,46 +143,31 @@ class ReversibleSequential(nn.Sequential):
             layerwise_args_kwargs=layerwise_args_kwargs,
             **kwargs,
         )
-        return torch.cat(streams, self._dim)
-
-    @property
-    def _split_and_merge(self) -> tuple[str, str]:
-        if self._program is None and self.split_dim is None:
-            return "copy", "mean"
-        return self.program.split, self.program.merge
-
-    @property
-    def _dim(self) -> int:
-        if self.split_dim is None:
-            raise SpecError("the program parts its input or joins its streams along a dimension: give split_dim")
-        return self.split_dim
+        return self.merge(streams)
 
     def split(self, input: Any) -> tuple[Tensor, ...]:
         """Return the streams made of ``input``."""
         if not isinstance(input, Tensor):
             raise SpecError(f"the input came as {type(input).__name__}, expected a tensor")
-        n, split = self.num_streams, self._split_and_merge[0]
-        if split == "copy":
+        n, how = self.num_streams, self._how[0]
+        if how == "copy":
             return (input,) * n
-        if split == "zeros":
+        if how == "zeros":
             return (*(torch.zeros_like(input) for _ in range(n - 1)), input)
-        if not -input.dim() <= self._dim < input.dim():
-            raise SpecError(
-                f"split_dim is {self._dim}, but the input has shape {tuple(input.shape)}: give a dimension it has, or "
-                "split_dim=None to give every stream the whole"
-            )
-        check_split(input.shape[self._dim], n, "split_dim", self._dim)
-        return input.chunk(n, self._dim)
+        assert self.split_dim is not None
+        sequential.check_axis(self.split_dim, input.shape, n, "split_dim")
+        return input.chunk(n, self.split_dim)
 
     def merge(self, streams: tuple[Tensor, ...]) -> Tensor:
         """Return the output made of ``streams``."""
-        merge = self._split_and_merge[1]
-        if merge == "concat":
-            return torch.cat(streams, self._dim)
-        if merge == "last":
+        how = self._how[1]
+        if how == "concat":
+            assert self.split_dim is not None
+            return torch.cat(streams, self.split_dim)
+        if how == "last":
             return streams[-1]
         total = functools.reduce(torch.add, streams)
-        return total / len(streams) if merge == "mean" else total
+        return total / len(streams) if how == "mean" else total
 
     def extra_repr(self) -> str:
         return f"split_dim={self.split_dim}, num_streams={self.num_streams}, policy={self.policy}"
