@@ -71,7 +71,7 @@ def probe(
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Trace each block once: say what is wrong with it, and make arguments of the tracers that it closes over.
 
-    A ``custom_vjp`` has no gradient for what is no argument of it, and JAX refuses such values.
+    J2: a ``custom_vjp`` has no gradient for what is no argument of it, and JAX refuses such values.
 
     Returns:
         The slots and shared leaves to go on with.

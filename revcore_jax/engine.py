@@ -192,7 +192,7 @@ _run_reversed = jax.custom_vjp(_run_plainly, nondiff_argnums=(0, 1))
 
 def _run_forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Any:
     y, aux, residual = forward(node, slots, theta, shared, streams, True)
-    return (y, aux), (theta, shared, y, residual)
+    return (y, aux), (theta, shared, y, residual)  # J1: no layer's input
 
 
 def _run_backward(node: Node, slots: Slots, kept: Any, cotangents: Any) -> Any:
@@ -342,7 +342,7 @@ def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams) -> Stre
             raise AssertionError(f"{node} has no inverse")
 
 
-# Jitted under the identity of (node, slots): equal layers are traced once, and eager calls run compiled steps.
+# J3: jitted under the identity of (node, slots), so equal layers are traced once, and eager calls run compiled steps.
 _forward_jit = jax.jit(forward, static_argnums=(0, 1, 5))
 _backward_jit = jax.jit(backward, static_argnums=(0, 1, 8))
 
