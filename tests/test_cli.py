@@ -1,0 +1,195 @@
+"""The command line: help that teaches, and errors that say what came, what was expected and what to write."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from revcore import cli, weights
+from revcore.demo.backend import load_backend
+from revcore.demo.config import Config
+from revcore.demo.run import start
+
+TEXT = b"The quick brown fox jumps over the lazy dog.\n" * 20
+CONFIG = Config(depth=4, steps=5, width=16, context=16, batch=2)
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command line in this process, and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["revcore", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+def test_help_leads_to_the_demo_and_imports_no_framework() -> None:
+    code = (
+        "import sys; sys.argv = ['revcore', '--help']\n"
+        "from revcore.cli import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'jax', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "python -m revcore demo" in done.stdout
+    assert done.stderr == ""
+
+
+def test_help_of_the_demo_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "demo", "--help") == 0
+    out = capsys.readouterr().out
+    for word in ("--depth", "--steps", "--backend", "--device", "--seed", "--resume", "--out", "Examples", "Exit code"):
+        assert word in out
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint after no step, of another text than Python's reference."""
+    run, path = start(CONFIG, TEXT), tmp_path / "checkpoint.safetensors"
+    model = load_backend("torch")(CONFIG, "cpu")
+    model.load(run.state)
+    run.__class__(CONFIG, run.text, 0, model.state(), run.history).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--depth", "7"], ["depth came as 7", "even", "--depth 8"]),
+        (["--depth", "0"], ["depth came as 0", "at least 2", "--depth 2"]),
+        (["--steps", "0"], ["steps came as 0", "at least 1"]),
+        (["--seed", "-1"], ["seed came as -1", "at least 0"]),
+        (["--width", "40"], ["width came as 40", "multiple of 16", "--width 48"]),
+        (["--backend", "tensorflow"], ["tensorflow", "torch", "jax", "both"]),
+        (["--device", "tpu"], ["tpu", "cpu", "gpu"]),
+        (["--context", "1000000"], ["context came as 1000000", "held-out text", "--context 128"]),
+        (["--resume", "nowhere"], ["there is no file nowhere", "demo/checkpoint.safetensors"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_errors_say_what_to_write(
+    arguments: list[str],
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    assert call(monkeypatch, "demo", *arguments, "--out", str(tmp_path / "out")) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert all(word in error for word in words), error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("missing", ["torch", "jax", "optax", "matplotlib"])
+def test_a_missing_package_is_named(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
+    assert call(monkeypatch, "demo", "--out", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert f"{missing} is not installed" in error
+    assert "pip install 'revcore-nn[" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("name", "words"), [("torch", ["PyTorch", "--device cpu"]), ("jax", ["JAX", "--device cpu"])])
+def test_a_device_that_is_not_there(
+    name: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    import jax
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def no_devices(platform: str) -> None:
+        raise RuntimeError(f"Unknown backend {platform}")
+
+    monkeypatch.setattr(jax, "devices", no_devices)
+    assert call(monkeypatch, "demo", "--device", "gpu", "--backend", name, "--out", str(tmp_path / "out")) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("cut", ["no whole safetensors file"]),
+        ("other kind", ["no whole safetensors file"]),
+        ("foreign", ["holds format", "revcore.weights"]),
+        ("weights alone", ["none of a demo run", "python -m revcore demo"]),
+        ("tensor lost", ["missing first.head.weight"]),
+        ("tensor of another shape", ["weights.head.weight came with shape (2, 2)"]),
+        ("config of another version", ["expected what Config.to_json() wrote"]),
+        ("another depth", ["made with --depth 4, but --depth 8 came"]),
+        ("another text", ["another text"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_checkpoint_that_will_not_do(
+    damage: str, words: list[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    tensors, metadata = weights.load(checkpoint)
+    options = ["--depth", "8"] if damage == "another depth" else []
+    if damage == "cut":
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    elif damage == "other kind":
+        checkpoint.write_text("PK\x03\x04 this is something else")
+    elif damage == "foreign":
+        safetensors.numpy.save_file({"w": np.ones(2)}, checkpoint)
+    elif damage == "weights alone":
+        weights.save(checkpoint, {"w": np.ones(2)})
+    elif damage == "tensor lost":
+        del tensors["first.head.weight"]
+        weights.save(checkpoint, tensors, metadata)
+    elif damage == "tensor of another shape":
+        weights.save(checkpoint, tensors | {"weights.head.weight": np.ones((2, 2), np.float32)}, metadata)
+    elif damage == "config of another version":
+        weights.save(checkpoint, tensors, metadata | {"config": '{"layers": 3}'})
+    out = checkpoint.parent / "out"
+    assert call(monkeypatch, "demo", "--resume", str(checkpoint), "--out", str(out), *options) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+    assert not out.exists()
+
+
+def test_a_finished_checkpoint_says_how_to_train_on(checkpoint: Path) -> None:
+    from revcore import SpecError
+    from revcore.demo.checkpoint import Checkpoint
+
+    done = Checkpoint(CONFIG, "abc", 5, {}, Checkpoint.load(checkpoint).history)
+    with pytest.raises(SpecError, match="after 5 of 5 steps, so none is left: write --steps 105"):
+        done.resumed("abc")
+    assert done.resumed("abc", steps=9).config.steps == 9
+
+
+def test_a_folder_that_is_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    assert call(monkeypatch, "demo", "--out", str(tmp_path / "file")) == 2
+    assert "expected a folder to write to" in capsys.readouterr().err
+
+
+def test_parity_of_two_files(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    a, b = (str(tmp_path / name) for name in ("a.safetensors", "b.safetensors"))
+    weights.save(a, {"0.weight": np.eye(3)})
+    weights.save(b, {"0.weight": np.eye(3) * (1 + 1e-9)})
+    assert call(monkeypatch, "parity", a, a) == 0
+    assert "agree" in capsys.readouterr().out
+    assert call(monkeypatch, "parity", a, b) == 1  # judged in float64, which it is
+    assert "do NOT agree" in capsys.readouterr().out
+    assert call(monkeypatch, "parity", a, str(tmp_path / "c.safetensors")) == 2
+    assert "c.safetensors" in capsys.readouterr().err
