@@ -1,0 +1,112 @@
+"""Both engines against the NumPy oracle, against themselves storing everything, and back again.
+
+Tolerances: float64 against the complex step 1e-12; anything else ``16·depth·eps`` of the dtype; both in the relative L2
+norm over the whole tree, and nothing absolute. bfloat16: at most twice the error that store-all makes itself.
+"""
+
+from __future__ import annotations
+
+import pytest
+from backends import Backend
+from cases import COUPLINGS, DEPTHS, STREAMS, STRUCTURES, Case, oracle, plain
+
+from revcore import Checkpoint, Policy, Program, Reverse, StoreAll
+from revcore.parity import EPS, Record, Report, compare
+
+REBUILDING: tuple[Policy, ...] = (
+    Reverse(),
+    Reverse(anchor_every=2),
+    Reverse(keep_last=1),
+    Checkpoint(1),
+    Checkpoint(3),
+)
+
+
+def against_oracle(record: Record, case: Case) -> Report:
+    if record.dtype == "float64":
+        return compare(record, oracle(case), limit=1e-12 / EPS["float64"], depth=1, names=("engine", "oracle"))
+    return compare(record, oracle(case), names=("engine", "oracle"))
+
+
+def check_oracle(backend: Backend, case: Case, dtype: str) -> None:
+    for policy in (StoreAll(), Reverse()):
+        report = against_oracle(backend.run(case, policy, dtype), case)
+        assert report.ok, f"{policy}: {report}"
+
+
+def check_policies(backend: Backend, case: Case, dtype: str, policies: tuple[Policy, ...] = REBUILDING) -> None:
+    expected = backend.run(case, StoreAll(), dtype)
+    for policy in policies:
+        report = compare(backend.run(case, policy, dtype), expected, names=(str(policy), "StoreAll"))
+        assert report.ok, str(report)
+
+
+def check_inverse(backend: Backend, case: Case, dtype: str) -> None:
+    streams = {name: array for name, array in case.inputs.items() if name.startswith("stream.")}
+    back = Record(backend.invert(case, dtype), depth=case.depth, dtype=dtype)
+    report = compare(back, Record(streams, depth=case.depth, dtype="float64"), names=("inverse", "input"))
+    assert report.ok, str(report)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("num_streams", STREAMS)
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_every_coupling_depth_and_width(
+    backend: Backend, coupling: str, depth: int, num_streams: int, dtype: str
+) -> None:
+    case = plain(coupling, depth, num_streams)
+    check_oracle(backend, case, dtype)
+    check_policies(backend, case, dtype, (Reverse(),))
+    check_inverse(backend, case, dtype)
+
+
+@pytest.mark.parametrize("depth", [depth for depth in DEPTHS if depth <= 8])
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_every_policy(backend: Backend, coupling: str, depth: int) -> None:
+    check_policies(backend, plain(coupling, depth, 2), "float64")
+
+
+@pytest.mark.parametrize("case", STRUCTURES, ids=str)
+def test_every_structure(backend: Backend, case: Case) -> None:
+    check_oracle(backend, case, "float64")
+    check_policies(backend, case, "float64", (Reverse(), Reverse(anchor_every=3, keep_last=2), Checkpoint(3)))
+    if case.uses_anchors:
+        with pytest.raises(ValueError, match="is an Anchor, which has no inverse"):
+            backend.invert(case)
+    else:
+        check_inverse(backend, case, "float64")
+
+
+@pytest.mark.parametrize("case", [case for case in STRUCTURES if case.repeats or case.uses_anchors], ids=str)
+def test_structures_in_float32(backend: Backend, case: Case) -> None:
+    check_oracle(backend, case, "float32")
+    check_policies(backend, case, "float32", (Reverse(),))
+
+
+@pytest.mark.parametrize("policy", [StoreAll(), *REBUILDING], ids=str)
+def test_a_program_without_steps_returns_its_input(backend: Backend, policy: Policy) -> None:
+    x, y = backend.ones((2, 3)), backend.ones((2, 3))
+    for result in (backend.call(Program(()), [], (x, y), policy=policy), backend.undo(Program(()), [], (x, y))):
+        assert [array.tolist() for array in result] == [x.tolist(), y.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block_dtype"), [("float32", "bfloat16"), ("bfloat16", None)], ids=["bfloat16-blocks", "bfloat16-streams"]
+)
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_bfloat16_errs_at_most_twice_as_much_as_storing_everything(
+    backend: Backend, coupling: str, dtype: str, block_dtype: str | None
+) -> None:
+    case = plain(coupling, 8, 2, wide=True)
+
+    def error(policy: Policy) -> float:
+        record = backend.run(case, policy, dtype, block_dtype)
+        report = compare(record, oracle(case), dtype="float64", depth=1, limit=1e-2 / EPS["float64"])
+        assert not report.problems, report.problems
+        assert report.gradient_error is not None
+        return report.gradient_error
+
+    own = error(StoreAll())
+    assert 0 < own < 0.1, "store-all itself is lost, so that twice its error proves nothing"
+    assert error(Reverse()) <= 2 * own

@@ -1,0 +1,54 @@
+"""What all tests share: one thread, no accelerator unless asked for, no network, and equal random numbers each time."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# The same examples each time, and no clock: machines are slow when they are busy.
+settings.register_profile("revcore", derandomize=True, deadline=None)
+settings.load_profile("revcore")
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if os.environ.get("REVCORE_TEST_GPU") != "1":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """Seed every global generator that is in use."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - for code under test that draws from the global generator
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that would reach out fails; 127.0.0.1 is no network."""
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        host = address[0] if isinstance(address, tuple) else None
+        if host not in (None, "127.0.0.1", "::1", "localhost"):
+            raise RuntimeError(f"a test tried to reach {host}: tests use no network")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests run side by side on few cores."""
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(1)
