@@ -107,8 +107,9 @@ class Block:
 def vary_alike(tree: Any) -> Any:
     """Under ``shard_map``, let every float leaf vary over all mesh axes that any of them varies over.
 
-# --- device-varying types ---------------------------------------------------------------------------------------------
-    leaf did not vary before, the transpose of this cast sums its gradient over the devices, once.
+    A scan's carry and a ``custom_vjp``'s gradients must have the types of what they belong to, and sums of leaves vary
+    over the axes of all of them. Where a leaf did not vary before, the transpose of this cast sums its gradient over
+    the devices, once.
     """
     axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
 
