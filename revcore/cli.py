@@ -28,7 +28,7 @@ def demo(
         int | None, typer.Option(help="Coupled steps, attention and MLP in turn; even.", show_default="24")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Training steps; 10 gives a quick look at everything.", show_default="300")
+        int | None, typer.Option(help="Training steps; 10 gives a quick look at everything.", show_default="500")
     ] = None,
     backend: Annotated[
         Literal["torch", "jax", "both"], typer.Option(help="The framework to train in; only what is named is imported.")
@@ -46,7 +46,7 @@ def demo(
         typer.Option(help="Features of each stream; a multiple of 16.", show_default="64", rich_help_panel="Size"),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Bytes that the network sees.", show_default="128", rich_help_panel="Size")
+        int | None, typer.Option(help="Bytes that the network sees.", show_default="64", rich_help_panel="Size")
     ] = None,
     batch: Annotated[
         int | None, typer.Option(help="Sequences a step.", show_default="16", rich_help_panel="Size")

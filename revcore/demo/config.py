@@ -46,10 +46,10 @@ class Config:
     """
 
     depth: int = 24
-    steps: int = 300
+    steps: int = 500
     seed: int = 0
     width: int = 64
-    context: int = 128
+    context: int = 64
     batch: int = 16
     rate: float = 5e-3
 

@@ -25,7 +25,8 @@ CURVES_TOLERANCE = 1e-3
 """How far apart two frameworks' loss curves may lie at any step, in nats a byte.
 
 Gradients that are equal up to rounding do not make curves that are: training amplifies any difference, and Adam most of
-all, since it takes full steps along a gradient that is hardly more than rounding.
+all, since it takes full steps along a gradient that is hardly more than rounding. Measured at the default sizes: 8e-6
+after 500 steps.
 """
 NEXT_LOSS_TOLERANCE = 1e-5
 """Relative, between frameworks on equal weights: a few dozen roundings of float32."""

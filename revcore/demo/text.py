@@ -38,7 +38,7 @@ class Corpus:
         if config.context > longest:
             raise SpecError(
                 f"context came as {config.context}, but the held-out text has {longest + 1} bytes: write --context "
-                f"{max(2, min(128, longest))}"
+                f"{max(2, min(64, longest))}"
             )
 
     def batch(self, step: int) -> np.ndarray:
