@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from backends import BACKENDS, Backend
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_code() -> Iterator[None]:
+    """Hundreds of small programs take gigabytes."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
+
 
 _made: dict[str, Backend] = {}
 
