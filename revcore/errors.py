@@ -6,7 +6,8 @@ from __future__ import annotations
 class SpecError(ValueError):
     """What was asked for cannot be right: a program, coupling, policy, block, stream or checkpoint.
 
-    Raised at the boundary, before any state has changed. The message says what came, what was
+    Raised before any state has changed, or with what blocks changed meanwhile put back (where everything is stored, an
+    ordinary network runs, and leaves what an ordinary network leaves). The message says what came, what was
     expected and what to write instead.
 
     >>> from revcore import Momentum

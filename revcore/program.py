@@ -149,7 +149,7 @@ class Program:
         >>> Program.from_dict({**revnet(2).to_dict(), "colour": "red"})
         Traceback (most recent call last):
         ...
-        revcore.SpecError: Program: unknown field 'colour'; a Program has format, version, steps, num_streams, output, \
+        revcore.SpecError: Program: unknown field 'colour'; Program has format, version, steps, num_streams, output, \
 split, merge, same_shape
         """
         if not isinstance(data, Mapping):
@@ -239,7 +239,7 @@ def _build(cls: type, fields: dict[str, Any], functions: Mapping[str, Any], extr
     ):
         if culprits:
             raise SpecError(
-                f"{cls.__name__}: {problem} field {', '.join(map(repr, culprits))}; a {cls.__name__} has "
+                f"{cls.__name__}: {problem} field {', '.join(map(repr, culprits))}; {cls.__name__} has "
                 f"{', '.join((*extra, *names))}"
             )
     try:

@@ -132,7 +132,7 @@ class Buffers:
     whether their version moved.
     """
 
-    __slots__ = ("_before", "_statistics", "_watched")
+    __slots__ = ("_before", "_old_statistics", "_statistics", "_watched")
 
     def __init__(self, block: Any) -> None:
         self._statistics: list[Tensor] = []
@@ -143,12 +143,23 @@ class Buffers:
                 self._statistics += buffers if module.training else []
             else:
                 self._watched += [(b, b._version, b.detach().clone()) for b in buffers if not b.is_inference()]
+        self._old_statistics = [b.detach().clone() for b in self._statistics]
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def settle(self) -> None:
         """Call it after the block ran: keep the old values of those that moved, forget the rest."""
-        self._before = [(b, old) for b, version, old in self._watched if b._version != version]
+        self._before += [(b, old) for b, version, old in self._watched if b._version != version]
         self._watched = []
+
+    def take_back(self) -> None:
+        """Undo what the block did: a later one failed, or it did itself."""
+        self.settle()
+        for buffer, old in (*zip(self._statistics, self._old_statistics, strict=True), *self._before):
+            buffer.data.copy_(old)
+
+    def keep(self) -> None:
+        """Say that nothing will be taken back; the second run needs no old statistics."""
+        self._old_statistics = []
 
     def as_now(self) -> contextlib.AbstractContextManager[None]:
         """Let the block run meanwhile, and afterwards put back what is there now."""

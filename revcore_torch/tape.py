@@ -93,6 +93,7 @@ class Tape:
         self.flags = [leaves[i].requires_grad for i in self.places]
         self.devices = replay.random_devices((*streams, *(leaves[i] for i in self.places)))
         self.autocast = replay.autocast_state(self.devices)
+        self.random: replay.RandomState = replay.random_state(self.devices)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class Tape:
         leaves = pytree.tree_leaves((arguments.args, arguments.kwargs, arguments.layerwise))
         tensors = tuple(leaves[i] for i in self.places)
         versions = [version(t) for t in tensors]
-        random = replay.random_state(self.devices)
+        random = self.random
         aux: list[tuple[Any, ...]] = []
         for call in calls:
             streams, extra = self._first(call, streams, arguments)
@@ -144,6 +145,18 @@ class Tape:
                 if stream.grad_fn is not None:
                     stream.grad_fn.register_prehook(_Ensure(self, index))
         return streams, aux
+
+    def take_back(self) -> None:
+        """Leave buffers and generators as they were before :meth:`record`, which failed, or a later tape's did."""
+        for frame in reversed(self.frames):
+            frame.buffers.take_back()
+        replay.set_random_state(self.devices, self.random)
+
+    def keep(self) -> None:
+        """Say that nothing will be taken back."""
+        for frame in self.frames:
+            frame.buffers.keep()
+        self.random = ()
 
     # --- backward -----------------------------------------------------------------------------------------------------
 
@@ -354,13 +367,22 @@ def run(
     plan = segments(
         [not isinstance(step, Anchor) for step in program.unrolled], policy if _can_record() else StoreAll()
     )
-    for segment in plan:
-        here = calls[segment.start : segment.stop]
-        if segment.kind == "store":
-            streams, extra = run_plain(here, streams, arguments)
-        else:
-            streams, extra = Tape(segment.kind, streams, arguments).record(here, streams, arguments)
-        aux += extra
+    tapes: list[Tape] = []
+    try:
+        for segment in plan:
+            here = calls[segment.start : segment.stop]
+            if segment.kind == "store":
+                streams, extra = run_plain(here, streams, arguments)
+            else:
+                tapes.append(Tape(segment.kind, streams, arguments))
+                streams, extra = tapes[-1].record(here, streams, arguments)
+            aux += extra
+    except BaseException:
+        for tape in reversed(tapes):
+            tape.take_back()
+        raise
+    for tape in tapes:
+        tape.keep()
     return streams, aux
 
 

@@ -79,7 +79,7 @@ BEFORE: dict[str, tuple[Call, str]] = {
     ),
     "a dict with an unknown field": (
         lambda b, f: b.call(Program.from_dict({**PROGRAM.to_dict(), "colour": 1}), f, ones(b)),
-        "Program: unknown field 'colour'; a Program has format, version, steps",
+        "Program: unknown field 'colour'; Program has format, version, steps",
     ),
     "a coupling without inverse": (
         lambda b, f: b.call(revnet(2, Coupling.from_functions(max, None)), f, ones(b)),  # type: ignore[arg-type]

@@ -685,6 +685,16 @@ def test_an_exception_in_the_forward_pass_then_a_clean_retry() -> None:
     retry_equals_clean(model, clean)
 
 
+@pytest.mark.parametrize("policy", [Reverse(), Reverse(anchor_every=1), Checkpoint()], ids=str)
+def test_a_failed_forward_pass_takes_back_what_earlier_blocks_did(policy: revcore.Policy) -> None:
+    model = ReversibleSequential(Statistics(), Statistics(), nn.Linear(WIDTH, 1), policy=policy).double()
+    buffers, state = [b.clone() for b in model.buffers()], torch.get_rng_state()
+    with pytest.raises(revcore.SpecError, match="block 2 returned shape"):
+        model(make_input())
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_an_exception_in_the_backward_pass_leaves_no_trace() -> None:
     model = ReversibleSequential(Moody(), Moody(), Moody()).double()
     clean = copy.deepcopy(model)
