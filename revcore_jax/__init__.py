@@ -22,22 +22,31 @@ from revcore_jax.trees import stack, unstack
 if TYPE_CHECKING:
     from revcore_jax import linen as linen
     from revcore_jax import nnx as nnx
+    from revcore_jax.neutral import from_neutral as from_neutral
+    from revcore_jax.neutral import to_neutral as to_neutral
 
 __all__ = [
     "Checkpoint",
     "Reverse",
     "StoreAll",
     "check_inverse",
+    "from_neutral",
     "inverse",
     "linen",
     "nnx",
     "reversible",
     "stack",
+    "to_neutral",
     "unstack",
 ]
 
 
-def __getattr__(name: str) -> Any:  # the adapters need flax, which the engine does not
-    if name in ("linen", "nnx"):
-        return importlib.import_module(f"revcore_jax.{name}")
-    raise AttributeError(f"module 'revcore_jax' has no attribute {name!r}")
+# These need flax, which the engine does not.
+_LAZY = {"from_neutral": "neutral", "linen": "linen", "nnx": "nnx", "to_neutral": "neutral"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'revcore_jax' has no attribute {name!r}")
+    module = importlib.import_module(f"revcore_jax.{_LAZY[name]}")
+    return module if _LAZY[name] == name else getattr(module, name)

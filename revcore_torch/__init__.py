@@ -11,6 +11,7 @@ from __future__ import annotations
 from revcore.policy import Checkpoint, Reverse, StoreAll
 from revcore_torch.functional import inverse, reversible
 from revcore_torch.modules import ReversibleSequential, check_inverse
+from revcore_torch.neutral import from_neutral, to_neutral
 from revcore_torch.replay import is_recomputing
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "ReversibleSequential",
     "StoreAll",
     "check_inverse",
+    "from_neutral",
     "inverse",
     "is_recomputing",
     "reversible",
+    "to_neutral",
 ]

@@ -14,6 +14,7 @@ TORCH, JAX, NNX, LINEN = "revcore_torch", "revcore_jax", "revcore_jax.nnx", "rev
 # A name on the right takes the place of the one on the left; None: there is none on that side.
 EXCEPTIONS: dict[str, dict[str | None, str | None]] = {
     "function": {None: "params"},  # torch's blocks hold theirs
+    "neutral": {None: "layers"},  # Linen's variables do not tell what they belong to
     "module": {"split_dim": "axis", "modules": "blocks", "input": "x", "output": "y"},
     # a Linen module is a dataclass
     "linen": {"split_dim": "axis", "modules": "layers", "input": "x", "output": "y", None: "parent name"},
@@ -23,6 +24,8 @@ OWN_DEFAULTS = {"split_dim", "axis", "layers", "modules"}
 PAIRS = [
     (TORCH, "reversible", JAX, "reversible", "function"),
     (TORCH, "inverse", JAX, "inverse", "function"),
+    (TORCH, "to_neutral", JAX, "to_neutral", "neutral"),
+    (TORCH, "from_neutral", JAX, "from_neutral", "neutral"),
     (TORCH, "ReversibleSequential.__init__", NNX, "ReversibleSequential.__init__", "module"),
     (TORCH, "ReversibleSequential.forward", NNX, "ReversibleSequential.__call__", "module"),
     (TORCH, "ReversibleSequential.inverse", NNX, "ReversibleSequential.inverse", "module"),
@@ -85,6 +88,15 @@ def test_the_test_above_would_notice(other: Callable[..., Any]) -> None:
 def test_names_that_both_offer() -> None:
     torch, jax = (importlib.import_module(name) for name in (TORCH, JAX))
     both = set(torch.__all__) & set(jax.__all__)
-    assert both >= {"reversible", "inverse", "check_inverse", "Reverse", "StoreAll", "Checkpoint"}
+    assert both >= {
+        "reversible",
+        "inverse",
+        "check_inverse",
+        "to_neutral",
+        "from_neutral",
+        "Reverse",
+        "StoreAll",
+        "Checkpoint",
+    }
     for policy in ("Reverse", "StoreAll", "Checkpoint"):
         assert getattr(torch, policy) is getattr(jax, policy)
