@@ -8,6 +8,7 @@ state behind.
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import revcore
 import revcore_torch
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll, reversible
+from revcore_torch.memory import LiveBytes
 
 WIDTH = 6
 Case = Callable[[ReversibleSequential], Iterable[Any]]
@@ -760,6 +762,24 @@ def test_a_function_that_hides_tensors_from_hooks_is_named_once() -> None:
     with pytest.warns(UserWarning, match=r"step 1 keeps tensors on ctx \(Hoarder\.x\)"):
         reversible(revcore.revnet(2), blocks, x.chunk(2, 1))
     reversible(revcore.revnet(2), blocks, x.chunk(2, 1))  # a second warning would be an error
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Reverse(anchor_every=2), Checkpoint()], ids=str)
+def test_a_graph_dropped_without_a_backward_pass_frees_everything_at_once(policy: revcore.Policy) -> None:
+    """No cycle through C++ (T8): not even the collector of cycles is needed."""
+    model = ReversibleSequential(*[WithContext() for _ in range(4)], policy=policy).double()
+    leaf, x = torch.ones(WIDTH, dtype=torch.float64, requires_grad=True), make_input()
+    pairs = [((), {"gate": leaf * i}) for i in range(1, 5)]
+    gc.disable()
+    try:
+        with LiveBytes() as memory:
+            context = leaf.exp()
+            y = model(x, context, layerwise_args_kwargs=pairs)
+            assert memory.live > 0
+            del y, context
+        assert memory.live == 0
+    finally:
+        gc.enable()
 
 
 def test_is_recomputing_tells_the_second_run() -> None:
