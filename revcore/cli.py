@@ -74,7 +74,7 @@ def demo(
 
     - `python -m revcore demo --backend torch --depth 48`
 
-    - `python -m revcore demo --resume demo/checkpoint.safetensors --backend jax --steps 400`
+    - `python -m revcore demo --resume demo/checkpoint.safetensors --backend jax --steps 600`
     """
     # Else torch's threads wait for each other in busy loops, which take many times as long on a machine that is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

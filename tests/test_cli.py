@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -48,6 +50,16 @@ def test_help_of_the_demo_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     out = capsys.readouterr().out
     for word in ("--depth", "--steps", "--backend", "--device", "--seed", "--resume", "--out", "Examples", "Exit code"):
         assert word in out
+
+
+def test_help_shows_the_defaults_that_are_used() -> None:
+    """They are written out, so that help needs no NumPy."""
+    options = get_type_hints(cli.demo, include_extras=True)
+    named = [field for field in dataclasses.fields(Config) if field.name in options]
+    assert len(named) >= 6
+    for field in named:
+        (option,) = options[field.name].__metadata__
+        assert option.show_default == str(field.default), field.name
 
 
 @pytest.fixture
