@@ -8,6 +8,7 @@ rebuild waits for its cotangent.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from revcore.policy import Policy, Reverse, StoreAll, check_policy
 from revcore.program import Program
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
 from revcore_jax.boundary import bind, probe
-from revcore_jax.plan import Anchored, Loop, Node, Parts, Recomputed, Seq, Stored, children, make_plan
+from revcore_jax.plan import Anchored, Loop, Node, Parts, Recomputed, Seq, Stored, children, make_plan, stores
 from revcore_jax.trees import add, mask_float0, pullback, take, vary_alike, zeros
 
 Streams = tuple[Any, ...]
@@ -228,7 +229,8 @@ def forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams,
                 y, aux, kept = forward(body, slots, theta, shared, streams, keep)
                 return y, (aux, kept)
 
-            streams, (aux, residual) = lax.scan(one, streams, theta, length=n)
+            with _compiled(keep and stores(body)):
+                streams, (aux, residual) = lax.scan(one, streams, theta, length=n)
             return streams, aux, residual
         case Parts(nodes):
             aux, residual = [], []
@@ -300,7 +302,8 @@ def backward(
                 return (x, gx, add(total, gshared)), gtheta
 
             start = (y, gy, zeros(shared))
-            (x, gx, gshared), gtheta = lax.scan(one, start, (theta, residual, gaux), length=n, reverse=True)
+            with _compiled(stores(body)):
+                (x, gx, gshared), gtheta = lax.scan(one, start, (theta, residual, gaux), length=n, reverse=True)
             return x, gx, gtheta, gshared
         case Parts(nodes):
             gtheta, total = [], zeros(shared)
@@ -340,6 +343,15 @@ def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams) -> Stre
             return lax.scan(lambda y, th: (back(th, shared, y), None), y, theta, length=n, reverse=True)[0]
         case _:
             raise AssertionError(f"{node} has no inverse")
+
+
+def _compiled(needed: bool) -> Any:
+    """Switch jit on for a scan that cannot do without.
+
+    Under ``jax.disable_jit`` a scan is a Python loop that stacks what each round returns, and pullbacks of two rounds,
+    which hold their jaxprs, are not alike.
+    """
+    return jax.disable_jit(False) if needed else contextlib.nullcontext()
 
 
 # J3: jitted under the identity of (node, slots), so equal layers are traced once, and eager calls run compiled steps.

@@ -64,6 +64,20 @@ Node = Primitive | Seq | Loop | Parts | Stored | Anchored | Recomputed
 
 
 @lru_cache(maxsize=4096)
+def stores(node: Node) -> bool:
+    """Return whether the backward pass of a node, or of one inside it, uses what its forward pass saved."""
+    match node:
+        case Stored():
+            return True
+        case Seq(nodes) | Parts(nodes):
+            return any(map(stores, nodes))
+        case Loop(inner) | Anchored(inner):
+            return stores(inner)
+        case _:
+            return False
+
+
+@lru_cache(maxsize=4096)
 def width(node: Node | Step) -> int:
     """Return how many slots (blocks as written) a node or step takes."""
     match node:

@@ -612,3 +612,19 @@ def test_streams_of_unlike_shapes_where_the_program_allows() -> None:
     network = program, [block] * 6, params
     want, got = (jax.grad(loss_of(network, p), argnums=(0, 1))(params, streams) for p in (StoreAll(), Reverse()))
     assert tree_error(got, want) <= 1e-12
+
+
+def test_an_anchor_inside_a_repeat_without_jit() -> None:
+    program = Program((Repeat(Chain((Couple(0, (1,)), Anchor(), Couple(1, (0,)))), 3),))
+    blocks = [lambda w, x: jnp.tanh(x @ w), lambda w, a, b: (a * w[0], b * w[1]), lambda w, x: jnp.sin(x @ w)]
+    params = [jnp.full((3, 4, 4), 0.1), jnp.ones((3, 2)), jnp.full((3, 4, 4), 0.2)]
+
+    def loss(params: Any) -> Any:
+        y = revcore_jax.reversible(program, blocks, params, (jnp.ones((2, 4)), jnp.full((2, 4), 2.0)))
+        return (y[0] * y[1]).sum()
+
+    compiled = jax.grad(loss)(params)
+    with jax.disable_jit():
+        plain = jax.grad(loss)(params)
+    for a, b in zip(compiled, plain, strict=True):
+        assert jnp.linalg.norm(a - b) <= 1e-6 * jnp.linalg.norm(b)
