@@ -1,6 +1,6 @@
 """What rebuilding costs: time and memory of one gradient of the demo's transformer, by what the backward pass keeps.
 
-    python benchmarks/demo_model.py [--depth 32] [--rounds 15] [--backend torch] [--write]
+    .venv/bin/python benchmarks/demo_model.py [--depth 32] [--rounds 15] [--backend torch] [--write]
 
 Times are ratios to store-all: in each round every way takes one turn, a ratio is taken within the round, and the median
 over the rounds is shown. ``--write`` adds a dated file to ``benchmarks/results``.
