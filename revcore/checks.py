@@ -7,6 +7,7 @@ from typing import Any
 
 from revcore.errors import SpecError
 from revcore.program import Program
+from revcore.step import Anchor
 
 
 def check_program(program: Any) -> Program:
@@ -17,6 +18,13 @@ def check_program(program: Any) -> Program:
             "or Program.from_dict(data) for one that was saved"
         )
     return program
+
+
+def check_has_inverse(program: Program) -> None:
+    """Refuse to invert a program with an Anchor, before any block runs."""
+    for index, step in enumerate(program.unrolled):
+        if isinstance(step, Anchor):
+            raise SpecError(f"step {index} is an Anchor, which has no inverse")
 
 
 def check_streams(

@@ -1,6 +1,8 @@
-"""The two errors a user of revcore meets, and nothing else."""
+"""The two errors a user of revcore meets, and the check that most often raises one."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class SpecError(ValueError):
@@ -33,3 +35,16 @@ class InversionError(RuntimeError):
     """
 
     __module__ = "revcore"
+
+
+def check_count(owner: str, name: str, value: Any, least: int, unit: str = "") -> int:
+    """Return ``value`` if it is a whole number of at least ``least``, or say what came.
+
+    >>> check_count("Repeat", "n", 0, 1)
+    Traceback (most recent call last):
+    ...
+    revcore.SpecError: Repeat: n came as 0, but must be a whole number of at least 1
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SpecError(f"{owner}: {name} came as {value!r}, but must be a whole number of at least {least}{unit}")
+    return value

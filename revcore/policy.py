@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from revcore.errors import SpecError
-
-
-def _check_count(owner: str, name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SpecError(f"{owner}: {name} came as {value!r}, but must be a whole number of at least {least} (of steps)")
+from revcore.errors import SpecError, check_count
 
 
 @dataclass(frozen=True)
@@ -39,8 +34,8 @@ class Reverse:
 
     def __post_init__(self) -> None:
         if self.anchor_every is not None:
-            _check_count("Reverse", "anchor_every", self.anchor_every, 1)
-        _check_count("Reverse", "keep_last", self.keep_last, 0)
+            check_count("Reverse", "anchor_every", self.anchor_every, 1, " (of steps)")
+        check_count("Reverse", "keep_last", self.keep_last, 0, " (of steps)")
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Checkpoint:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _check_count("Checkpoint", "every", self.every, 1)
+        check_count("Checkpoint", "every", self.every, 1, " (of steps)")
 
 
 Policy = Reverse | StoreAll | Checkpoint

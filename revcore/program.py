@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from revcore.coupling import Additive, Affine, Coupling, FunctionCoupling, Momentum
-from revcore.errors import SpecError
+from revcore.errors import SpecError, check_count
 from revcore.step import (
     Anchor,
     Bijection,
@@ -261,12 +261,6 @@ def _cycle(coupling: Couplings, i: int) -> Coupling:
     return coupling[i % len(coupling)]
 
 
-def _check_size(owner: str, name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SpecError(f"{owner}: {name} came as {value!r}, but must be a whole number of at least {least}")
-    return value
-
-
 def revnet(depth: int, coupling: Couplings | None = None, num_streams: int = 2) -> Program:
     """``depth`` steps of "half residual and swap": step ``i`` updates stream ``i mod n`` from the one after it.
 
@@ -281,8 +275,8 @@ def revnet(depth: int, coupling: Couplings | None = None, num_streams: int = 2) 
     >>> [(step.target, step.sources) for step in revnet(3).unrolled], revnet(3).output
     ([(0, (1,)), (1, (0,)), (0, (1,))], (1, 0))
     """
-    _check_size("revnet", "depth", depth, 0)
-    n = _check_size("revnet", "num_streams", num_streams, 2)
+    check_count("revnet", "depth", depth, 0)
+    n = check_count("revnet", "num_streams", num_streams, 2)
     steps = tuple(Couple(i % n, ((i + 1) % n,), _cycle(coupling or Additive(), i)) for i in range(depth))
     return Program(steps, n, tuple((i + depth) % n for i in range(n)))
 
@@ -316,7 +310,7 @@ def momentum_net(depth: int, beta: float = 0.9) -> Program:
     >>> momentum_net(2).num_blocks, len(momentum_net(2).unrolled)
     (2, 4)
     """
-    _check_size("momentum_net", "depth", depth, 0)
+    check_count("momentum_net", "depth", depth, 0)
     pair = (Couple(0, (1,), Momentum(beta)), Couple(1, (0,), Additive(), block=False))
     return Program(pair * depth)
 
@@ -335,8 +329,8 @@ def grouped(groups: int, depth: int, coupling: Couplings | None = None) -> Progr
     >>> [(step.target, step.sources) for step in grouped(3, 1).unrolled]
     [(0, (1, 2)), (1, (0,)), (2, (1,))]
     """
-    n = _check_size("grouped", "groups", groups, 2)
-    _check_size("grouped", "depth", depth, 0)
+    n = check_count("grouped", "groups", groups, 2)
+    check_count("grouped", "depth", depth, 0)
     steps = []
     for i in range(depth * n):
         sources = tuple(range(1, n)) if i % n == 0 else (i % n - 1,)
@@ -360,8 +354,8 @@ def reversible_columns(columns: int, levels: int = 4, coupling: Couplings | None
     >>> [(step.target, step.sources) for step in reversible_columns(1, 3).unrolled]
     [(0, (1,)), (1, (0, 2)), (2, (1,))]
     """
-    _check_size("reversible_columns", "columns", columns, 0)
-    n = _check_size("reversible_columns", "levels", levels, 2)
+    check_count("reversible_columns", "columns", columns, 0)
+    n = check_count("reversible_columns", "levels", levels, 2)
     steps = []
     for i in range(columns * n):
         level = i % n

@@ -12,8 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from revcore.checks import check_block_output, check_blocks, check_coupled, check_stream_outputs, check_streams
-from revcore.errors import SpecError
+from revcore.checks import (
+    check_block_output,
+    check_blocks,
+    check_coupled,
+    check_has_inverse,
+    check_stream_outputs,
+    check_streams,
+)
 from revcore.program import Program
 from revcore.step import Anchor, Bijection, Couple
 
@@ -73,14 +79,14 @@ def inverse(
     >>> inverse(revcore.revnet(1), [np.cosh], (np.array([0.0]), np.array([2.0])))
     (array([1.]), array([0.]))
     """
+    check_has_inverse(program)
     outputs = check_streams(program, streams, _is_array, _is_inexact, "NumPy array")
     queue = iter(reversed(check_blocks(program, blocks, program.num_blocks)))
     current = [outputs[program.output.index(i)] for i in range(program.num_streams)]
-    for index, step in reversed(list(enumerate(program.unrolled))):
-        if isinstance(step, Anchor):
-            raise SpecError(f"step {index} is an Anchor, which has no inverse")
+    for step in reversed(program.unrolled):
         block = next(queue) if step.block else None
-        if isinstance(step, Bijection):
+        if not isinstance(step, Couple):
+            assert isinstance(step, Bijection)
             undo = step.inverse if block is None else block.inverse  # type: ignore[attr-defined]
             assert undo is not None
             current = list(undo(*current) if block is None else undo(*current, *args, **kwargs))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from revcore.arrays import permute_axes
 from revcore.coupling import Additive, Coupling
-from revcore.errors import SpecError
+from revcore.errors import SpecError, check_count
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ class SpaceToDepth:
     inverse: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor < 1:
-            raise SpecError(f"SpaceToDepth: factor came as {self.factor!r}, but must be a whole number of at least 1")
+        check_count("SpaceToDepth", "factor", self.factor, 1)
         if self.channel_axis not in (1, -1):
             raise SpecError(f"SpaceToDepth: channel_axis came as {self.channel_axis!r}, expected 1 (NCHW) or -1 (NHWC)")
 
@@ -296,8 +295,7 @@ class Repeat:
 
     def __post_init__(self) -> None:
         check_steps("Repeat", (self.step,))
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
-            raise SpecError(f"Repeat: n came as {self.n!r}, but must be a whole number of at least 1")
+        check_count("Repeat", "n", self.n, 1)
 
 
 Step = Couple | Bijection | Anchor | Chain | Repeat

@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from revcore.checks import check_stream_outputs
+from revcore.checks import check_has_inverse, check_stream_outputs
 from revcore.coupling import Coupling
-from revcore.errors import SpecError
 from revcore.laws import InverseReport, relative_error
 from revcore.policy import Policy, Reverse, StoreAll, check_policy
 from revcore.program import Program
@@ -122,9 +121,7 @@ def inverse(
     [[1.0], [1.0]]
     """
     slots, theta, shared, streams = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
-    for index, step in enumerate(program.unrolled):
-        if isinstance(step, Anchor):
-            raise SpecError(f"step {index} is an Anchor, which has no inverse")
+    check_has_inverse(program)
     y = tuple(streams[program.output.index(i)] for i in range(program.num_streams))
     return _undo(make_plan(program.steps, StoreAll()), slots, theta, shared, y)
 

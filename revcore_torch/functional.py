@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revcore.checks import check_blocks, check_program, check_streams
+from revcore.checks import check_blocks, check_has_inverse, check_program, check_streams
 from revcore.errors import InversionError, SpecError
 from revcore.laws import InverseReport, relative_error
 from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program
-from revcore.step import Anchor
+from revcore.step import Anchor, Couple
 from revcore_torch import replay
-from revcore_torch.steps import Arguments, Call, make_calls
+from revcore_torch.steps import Arguments, Call, is_tensor, make_calls
 from revcore_torch.tape import run
 
 Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
@@ -97,9 +97,7 @@ def inverse(
     True
     """
     program, blocks, streams, arguments = _check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
-    for index, step in enumerate(program.unrolled):
-        if isinstance(step, Anchor):
-            raise SpecError(f"step {index} is an Anchor, which has no inverse")
+    check_has_inverse(program)
     current = tuple(streams[program.output.index(i)] for i in range(program.num_streams))
     for call in reversed(make_calls(program, blocks)):
         current = _undo(call, current, arguments)
@@ -135,7 +133,8 @@ def inverse_report(
 
 def _undo(call: Call, streams: tuple[Tensor, ...], arguments: Arguments) -> tuple[Tensor, ...]:
     with _without_trace(call, streams):
-        return call.undo(streams, call.evaluate(streams, arguments)[0] if call.is_coupled else None, arguments)
+        f = call.evaluate(streams, arguments)[0] if isinstance(call.step, Couple) else None
+        return call.undo(streams, f, arguments)
 
 
 @contextlib.contextmanager
@@ -168,7 +167,7 @@ def _check(
     for i, block in enumerate(blocks):
         if not callable(block):
             raise SpecError(f"block {i} came as {type(block).__name__}, expected a module or function")
-    streams = check_streams(program, streams, _is_tensor, _is_inexact, "tensor")
+    streams = check_streams(program, streams, is_tensor, _is_inexact, "tensor")
     if layerwise is not None:
         layerwise = tuple(layerwise)
         if len(layerwise) != len(blocks) or not all(_is_pair(pair) for pair in layerwise):
@@ -181,10 +180,6 @@ def _check(
 
 def _is_pair(pair: Any) -> bool:
     return len(pair) == 2 and isinstance(pair[0], (tuple, list)) and isinstance(pair[1], dict)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _is_inexact(tensor: Tensor) -> bool:

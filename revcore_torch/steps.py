@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from revcore.checks import check_block_output, check_coupled, check_stream_outputs
 from revcore.errors import SpecError
@@ -23,11 +25,6 @@ class Call:
     def __init__(self, index: int, step: Primitive, block: Any, number: int | None) -> None:
         self.index, self.step, self.block, self.number = index, step, block, number
 
-    @property
-    def is_coupled(self) -> bool:
-        """Whether undoing the step needs the block's output."""
-        return isinstance(self.step, Couple)
-
     def evaluate(self, streams: Sequence[Tensor], arguments: Arguments) -> tuple[Any, tuple[Any, ...]]:
         """Return what the block makes of the streams (``f``, or all streams anew), and its auxiliary outputs."""
         step, (args, kwargs) = self.step, arguments.of(self)
@@ -44,7 +41,7 @@ class Call:
                 f"block of step {self.index} changed its input in place, which is a stream that others still need: "
                 "use the form that is not in place (nn.ReLU() for nn.ReLU(inplace=True)), or clone the input first"
             )
-        check_block_output(self.number, f, streams[step.target], _is_tensor, "tensor")
+        check_block_output(self.number, f, streams[step.target], is_tensor, "tensor")
         return f, aux
 
     def merge(self, streams: Sequence[Tensor], f: Any) -> Streams:
@@ -70,10 +67,17 @@ class Call:
 class Arguments:
     """What blocks get after their sources: some common to all, some for one block each."""
 
-    __slots__ = ("args", "kwargs", "layerwise")
-
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layerwise: Sequence[Any] | None) -> None:
         self.args, self.kwargs, self.layerwise = args, kwargs, layerwise
+
+    @functools.cached_property
+    def flat(self) -> tuple[list[Any], Any]:
+        """The leaves, and what :meth:`unflatten` makes the arguments of again."""
+        return pytree.tree_flatten((self.args, self.kwargs, self.layerwise))
+
+    @staticmethod
+    def unflatten(leaves: list[Any], spec: Any) -> Arguments:
+        return Arguments(*pytree.tree_unflatten(leaves, spec))
 
     def of(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.layerwise is None or call.number is None:
@@ -107,5 +111,5 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _is_tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)

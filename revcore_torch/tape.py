@@ -33,7 +33,7 @@ Handle = tuple[int, int]
 class Frame:
     """What the tape remembers of one step: no tensor of the streams' size."""
 
-    __slots__ = ("buffers", "call", "coupling_saved", "first_node", "layout", "live", "metas", "parameters", "random")
+    __slots__ = ("buffers", "call", "coupling_saved", "layout", "live", "metas", "parameters", "random")
 
     def __init__(self, call: Call, streams: Sequence[Tensor]) -> None:
         self.call = call
@@ -43,7 +43,6 @@ class Frame:
         self.random: replay.RandomState | None = None
         self.metas: list[Meta] = []
         self.coupling_saved = False
-        self.first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         # while the block runs for the first time: it may differentiate inside itself, and then asks for them
         self.live: list[Tensor] | None = None
 
@@ -87,7 +86,7 @@ class Tape:
         self.node: weakref.ref[Any] | None = None
         self.current: Pass | None = None
         # T8: tensors stay with the graph; the tape keeps their places
-        leaves, self.spec = pytree.tree_flatten((arguments.args, arguments.kwargs, arguments.layerwise))
+        leaves, self.spec = arguments.flat
         self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.flags = [leaves[i].requires_grad for i in self.places]
@@ -103,8 +102,7 @@ class Tape:
         """Run the steps, build their graph, and keep what the way back starts from."""
         # T6: no stream could be rebuilt with strides that overlap (an expanded input)
         streams = given = tuple(s.contiguous() if 0 in s.stride() else s for s in streams)
-        leaves = pytree.tree_leaves((arguments.args, arguments.kwargs, arguments.layerwise))
-        tensors = tuple(leaves[i] for i in self.places)
+        tensors = tuple(arguments.flat[0][i] for i in self.places)
         versions = [version(t) for t in tensors]
         random = self.random
         aux: list[tuple[Any, ...]] = []
@@ -128,11 +126,12 @@ class Tape:
     def _first(self, call: Call, streams: Streams, arguments: Arguments) -> tuple[Streams, tuple[Any, ...]]:
         frame, index = Frame(call, streams), len(self.frames)
         self.frames.append(frame)
+        first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         frame.live = live = []
         with saved_tensors_hooks(_Pack(index, live, frame.metas), self.unpack):
             f, aux = call.evaluate(streams, arguments)
             by_block = len(live)
-            detect.warn_once(call.index, call.block, f, frame.first_node)
+            detect.warn_once(call.index, call.block, f, first_node)
             streams = call.merge(streams, f)
         frame.coupling_saved = len(live) > by_block
         frame.live = None
@@ -205,7 +204,7 @@ class Tape:
         leaves = list(self.constants)
         for i, flag, tensor in zip(self.places, self.flags, kept[num_streams:], strict=True):
             leaves[i] = tensor.detach().requires_grad_(flag)
-        arguments = Arguments(*pytree.tree_unflatten(leaves, self.spec))
+        arguments = Arguments.unflatten(leaves, self.spec)
         return Pass(task, len(self.frames), tuple(t.detach() for t in kept[:num_streams]), arguments)
 
     def _rebuild(self, walk: Pass, index: int) -> None:
