@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import _disable_current_modes
 
 from revcore.errors import InversionError
 
@@ -55,25 +56,33 @@ def random_devices(tensors: Sequence[Tensor]) -> tuple[torch.device, ...]:
 
 def random_state(devices: tuple[torch.device, ...]) -> RandomState:
     """Return the generators' states as bytes: compared and kept without a tensor that a dispatch mode would see."""
-    return tuple(
-        (
-            torch.default_generator.get_state()
-            if device.type == "cpu"
-            else torch.get_device_module(device).get_rng_state(device)
+    with _unseen():
+        return tuple(
+            (
+                torch.default_generator.get_state()
+                if device.type == "cpu"
+                else torch.get_device_module(device).get_rng_state(device)
+            )
+            .numpy()
+            .tobytes()
+            for device in devices
         )
-        .numpy()
-        .tobytes()
-        for device in devices
-    )
 
 
 def set_random_state(devices: tuple[torch.device, ...], states: RandomState) -> None:
-    for device, state in zip(devices, states, strict=True):
-        tensor = torch.frombuffer(bytearray(state), dtype=torch.uint8)
-        if device.type == "cpu":
-            torch.default_generator.set_state(tensor)
-        else:
-            torch.get_device_module(device).set_rng_state(tensor, device)
+    with _unseen():
+        for device, state in zip(devices, states, strict=True):
+            tensor = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+            if device.type == "cpu":
+                torch.default_generator.set_state(tensor)
+            else:
+                torch.get_device_module(device).set_rng_state(tensor, device)
+
+
+def _unseen() -> contextlib.AbstractContextManager[Any]:
+    """Keep dispatch modes out: they would count a state, or make it a fake tensor that has no bytes."""
+    some = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    return _disable_current_modes() if some else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
