@@ -1,7 +1,9 @@
-"""The command line: ``python -m revcore demo`` shows what the library does, ``parity`` compares files of weights."""
+"""The command line: ``python -m revcore demo`` shows what the library does, ``plan`` foretells memory, ``parity``
+compares files of weights."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -18,7 +20,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Reversible networks for PyTorch and JAX: activation memory does not grow with depth.
 
-Start with **python -m revcore demo**, which trains one network in both frameworks and shows that they agree.""",
+Start with **python -m revcore demo**, which trains one network in both frameworks and shows that they agree.
+**python -m revcore plan transformer** tells what a network of any size would take to train.""",
 )
 
 
@@ -90,6 +93,90 @@ def demo(
         "batch": batch,
     }
     raise typer.Exit(run(names, out, device, resume, **sizes))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="`transformer`, `mlp`, `conv`, or your `package.module:function`.")
+    ],
+    depth: Annotated[list[str], typer.Option(metavar="N,N,…", help="How many steps; several give a curve.")] = ["24"],  # noqa: B006
+    batch: Annotated[int | None, typer.Option(help="Examples.", show_default="8, 4096, 8")] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Of each stream.", show_default="1600, 1024, 64", rich_help_panel="Built-in models"),
+    ] = None,
+    sequence: Annotated[
+        int | None, typer.Option(help="Tokens.", show_default="1024", rich_help_panel="Built-in models")
+    ] = None,
+    heads: Annotated[
+        int | None,
+        typer.Option(help="Of the attention.", show_default="width / 64", rich_help_panel="Built-in models"),
+    ] = None,
+    vocabulary: Annotated[
+        int | None,
+        typer.Option(
+            help="With embedding, head and loss of so many tokens.",
+            show_default="the body alone",
+            rich_help_panel="Built-in models",
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str],
+        typer.Option("--set", metavar="KEY=VALUE", help="An argument for the function.", rich_help_panel="Your models"),
+    ] = [],  # noqa: B006
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,…", help="Of one example, if it returns the model alone.", rich_help_panel="Your models"
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of parameters and inputs, as torch names it.")] = "float32",
+    device: Annotated[str, typer.Option(help="Whose kernels to plan for: `cpu`, or `cuda` where PyTorch has it.")] = (
+        "cpu"
+    ),
+    optimizer: Annotated[str, typer.Option(help="Whose state to add: `none`, `sgd`, `momentum`, `adam`, `adamw`.")] = (
+        "adamw"
+    ),
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Also what `MemoryBudget` chooses: `8GiB`, or a share: `0.3`.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="PATH", help="Draw it, too: a PNG, SVG or PDF.")] = None,
+) -> None:
+    """Tell the memory of a training step by policy, of a model that need not fit this machine. Nothing is trained.
+
+    The model is built without data and run on fake tensors; every tensor's bytes are counted as if it were real. Of
+    each policy you see:
+
+    - **held**: what the forward pass leaves for the backward pass, beyond the model;
+
+    - **peak**: the most that the two passes take at once, beyond the model and its gradients;
+
+    - **total**: peak, parameters, gradients and optimizer state;
+
+    - **work**: of both passes, in forward passes (F): 3 F for an ordinary network.
+
+    Your own model: a function that takes `depth` and what you give with `--set`, and returns the model and its inputs,
+    or the model alone (then give `--shape`). It is called on the meta device.
+
+    Examples:
+
+    - `python -m revcore plan transformer --depth 12,24,48`
+
+    - `python -m revcore plan transformer --depth 192 --width 6656 --batch 1 --vocabulary 50304 --dtype bfloat16`
+
+    - `python -m revcore plan mlp --depth 16 --budget 0.5 --picture plan.png`
+
+    - `python -m revcore plan revcore_torch.zoo:conv --depth 20 --set size=112`
+    """
+    from revcore.demo.backend import require
+
+    require("torch", "torch", "the planner")
+    if picture is not None:
+        require("matplotlib", "demo", "a picture")
+    command = importlib.import_module("revcore_torch.plan_command")
+    sizes = {"batch": batch, "width": width, "sequence": sequence, "heads": heads, "vocabulary": vocabulary}
+    command.run(model, depth, sizes, setting, shape, dtype, device, optimizer, budget, picture)
 
 
 @app.command()

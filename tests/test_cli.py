@@ -205,3 +205,65 @@ def test_parity_of_two_files(
     assert "do NOT agree" in capsys.readouterr().out
     assert call(monkeypatch, "parity", a, str(tmp_path / "c.safetensors")) == 2
     assert "c.safetensors" in capsys.readouterr().err
+
+
+def test_plan_prints_a_table_for_each_depth_and_draws(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sizes = ("--width", "64", "--sequence", "16", "--batch", "2", "--vocabulary", "100", "--dtype", "bfloat16")
+    options = ("--depth", "2,4", *sizes, "--picture", str(tmp_path / "plan.png"))
+    assert call(monkeypatch, "plan", "transformer", *options) == 0
+    out = capsys.readouterr().out
+    assert "transformer, batch 2, width 64, sequence 16, vocabulary 100, bfloat16" in out
+    assert "depth 2: parameters" in out
+    assert "depth 4: parameters" in out
+    assert out.count("StoreAll()") == out.count("Reverse()") == 2
+    assert (tmp_path / "plan.png").exists()
+
+
+def test_plan_takes_a_function_of_ones_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "own_model.py").write_text(
+        "import torch, revcore_torch\n"
+        "def make(depth, features=4, name='x'):\n"
+        "    assert name == 'y'\n"
+        "    return revcore_torch.ReversibleSequential(*[torch.nn.Linear(features, features) for _ in range(depth)])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = ("--set", "features=8", "--set", "name=y", "--shape", "16", "--batch", "3", "--depth", "3")
+    assert call(monkeypatch, "plan", "own_model:make", *settings) == 0
+    assert "depth 3: parameters 864 B" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["perceiver"], ["MODEL came as 'perceiver'", "transformer, mlp, conv", "package.module:function"]),
+        (["nowhere:make"], ["MODEL came as 'nowhere:make'", "No module named 'nowhere'"]),
+        (["revcore_torch.zoo:LanguageModel"], ["takes body, width, sequence, vocabulary", "but depth is given"]),
+        (["mlp", "--depth", "0"], ["--depth came as '0'", "--depth 12,24,48"]),
+        (["mlp", "--heads", "2"], ["mlp takes depth, width, batch", "heads is given"]),
+        (["mlp", "--set", "width"], ["--set came as 'width'", "KEY=VALUE"]),
+        (["mlp", "--dtype", "int8"], ["--dtype came as 'int8'", "bfloat16"]),
+        (["mlp", "--budget", "lots"], ["--budget came as 'lots'", "8GiB", "0.3"]),
+        (["mlp", "--shape", "a"], ["--shape came as 'a'", "--shape 1024,1600"]),
+        (["mlp", "--optimizer", "lion"], ["optimizer came as 'lion'", "'adamw'"]),
+        (["transformer", "--width", "64", "--heads", "5"], ["heads came as 5", "width 64"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_plan_errors_say_what_to_write(
+    arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", *arguments) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert all(word in error for word in words), error
+    assert "Traceback" not in error
+
+
+def test_help_of_plan_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "plan", "--help") == 0
+    out = capsys.readouterr().out
+    for word in ("--depth", "--batch", "--budget", "--picture", "held", "peak", "Examples", "plan transformer"):
+        assert word in out
