@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from revcore.coupling import Additive, Affine, Coupling, Momentum
 from revcore.errors import InversionError, SpecError
-from revcore.policy import Checkpoint, Policy, Reverse, StoreAll
+from revcore.policy import Checkpoint, MemoryBudget, Policy, Reverse, StoreAll
 from revcore.program import Program, grouped, leapfrog, momentum_net, reversible_columns, revnet
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
 
@@ -42,6 +42,7 @@ __all__ = [
     "CouplingReport",
     "InverseReport",
     "InversionError",
+    "MemoryBudget",
     "Momentum",
     "Policy",
     "Program",

@@ -18,12 +18,31 @@ from revcore.checks import (
     check_streams,
 )
 from revcore.errors import SpecError
+from revcore.policy import Checkpoint, Reverse, StepPolicy, StoreAll
+from revcore.policy import check_policy as check_any_policy
 from revcore.program import Program
 from revcore.step import Bijection, Chain, Couple, Repeat, Step
 from revcore_jax.plan import children, size, written
 from revcore_jax.trees import Block, Hoisted, Traced, is_array, is_inexact, take
 
 _KIND = "JAX array"
+
+
+def check_policy(policy: Any) -> StepPolicy:
+    """Return ``policy`` if it is one that this engine has: one for the whole program, with everything on the device."""
+    policy = check_any_policy(policy)
+    if not isinstance(policy, (Reverse, StoreAll, Checkpoint)):
+        raise SpecError(
+            f"policy came as {policy!r}, expected one instance of Reverse, StoreAll or Checkpoint for the whole "
+            "program: revcore_jax chooses none by step"
+        )
+    for name in ("recompute", "offload"):
+        if getattr(policy, name, None):
+            raise SpecError(
+                f"policy came as {policy!r}, but revcore_jax does not know {name}: leave it out, or wrap the block in "
+                "jax.checkpoint(block, policy=…)"
+            )
+    return policy
 
 
 def bind(

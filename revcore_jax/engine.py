@@ -21,10 +21,10 @@ from jax import lax
 from revcore.checks import check_has_inverse, check_stream_outputs
 from revcore.coupling import Coupling
 from revcore.laws import InverseReport, relative_error
-from revcore.policy import Policy, Reverse, StoreAll, check_policy
+from revcore.policy import Policy, Reverse, StoreAll
 from revcore.program import Program
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
-from revcore_jax.boundary import bind, probe
+from revcore_jax.boundary import bind, check_policy, probe
 from revcore_jax.plan import Anchored, Loop, Node, Parts, Recomputed, Seq, Stored, children, make_plan, stores
 from revcore_jax.trees import add, mask_float0, pullback, take, vary_alike, zeros
 
@@ -90,7 +90,7 @@ def reversible(
     >>> len(grads), grads[0].shape
     (8, (4, 4))
     """
-    check_policy(policy)
+    policy = check_policy(policy)
     slots, *leaves = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
     theta, shared, start = vary_alike(leaves)
     slots, shared = probe(program, slots, theta, shared, start)

@@ -22,10 +22,11 @@ from revcore import sequential
 from revcore.checks import check_blocks
 from revcore.coupling import Coupling
 from revcore.errors import InversionError, SpecError
-from revcore.policy import Policy, Reverse, check_policy
+from revcore.policy import Policy, Reverse
 from revcore.program import Program
 from revcore.step import Repeat, Step
 from revcore_jax import engine, streams
+from revcore_jax.boundary import check_policy
 
 
 class ReversibleSequential(nn.Module):

@@ -20,9 +20,10 @@ from flax import nnx
 from revcore import sequential
 from revcore.coupling import Coupling
 from revcore.errors import InversionError, SpecError
-from revcore.policy import Policy, Reverse, check_policy
+from revcore.policy import Policy, Reverse
 from revcore.program import Program
 from revcore_jax import engine, streams
+from revcore_jax.boundary import check_policy
 from revcore_jax.trees import stack as stack_trees
 from revcore_jax.trees import unstack as unstack_trees
 

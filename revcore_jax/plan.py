@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import ceil
 from typing import Any
 
-from revcore.policy import Checkpoint, Policy, Reverse
+from revcore.policy import Checkpoint, Reverse, StepPolicy
 from revcore.step import Anchor, Bijection, Chain, Couple, Primitive, Repeat, Step, slots, unroll
 
 
@@ -103,7 +103,7 @@ def children(nodes: Iterable[Any]) -> Iterator[tuple[Any, slice]]:
 
 
 @lru_cache(maxsize=256)
-def make_plan(steps: tuple[Step, ...], policy: Policy) -> Node:
+def make_plan(steps: tuple[Step, ...], policy: StepPolicy) -> Node:
     """Return the node that runs ``steps`` under ``policy``.
 
     >>> from revcore import revnet

@@ -142,7 +142,7 @@ def _without_trace(call: Call, streams: tuple[Tensor, ...]) -> Iterator[None]:
     """Let the block run, put its buffers back, and refuse it if it drew random numbers."""
     devices = replay.random_devices(streams)
     random = replay.random_state(devices)
-    with replay.Buffers(call.block).as_now():
+    with replay.Buffers(replay.modules_of(call.block)).as_now():
         yield
     if replay.random_state(devices) != random:
         replay.set_random_state(devices, random)

@@ -32,15 +32,17 @@ def is_recomputing() -> bool:
     return getattr(_thread, "recomputing", False)
 
 
-@contextlib.contextmanager
-def recomputing() -> Iterator[None]:
+class recomputing:  # noqa: N801 - a context manager
     """Say so to :func:`is_recomputing` meanwhile."""
-    before = is_recomputing()
-    _thread.recomputing = True
-    try:
-        yield
-    finally:
-        _thread.recomputing = before
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = is_recomputing()
+        _thread.recomputing = True
+
+    def __exit__(self, *_: object) -> None:
+        _thread.recomputing = self._before
 
 
 # --- random numbers ---------------------------------------------------------------------------------------------------
@@ -86,11 +88,8 @@ def _unseen() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def random_state_as(devices: tuple[torch.device, ...], states: RandomState | None) -> Iterator[None]:
-    """Put the generators into ``states`` and back; ``None`` where the block drew nothing."""
-    if states is None:
-        yield
-        return
+def random_state_as(devices: tuple[torch.device, ...], states: RandomState) -> Iterator[None]:
+    """Put the generators into ``states`` and back."""
     before = random_state(devices)
     set_random_state(devices, states)
     try:
@@ -113,10 +112,7 @@ def autocast_state(devices: tuple[torch.device, ...]) -> AutocastState:
 
 @contextlib.contextmanager
 def autocast_as(devices: tuple[torch.device, ...], state: AutocastState) -> Iterator[None]:
-    """Make autocast do what it did; nothing is entered where it already does."""
-    if autocast_state(devices) == state:
-        yield
-        return
+    """Make autocast do what it did."""
     with contextlib.ExitStack() as stack:
         for kind, enabled, dtype, cache in state:
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
@@ -126,11 +122,12 @@ def autocast_as(devices: tuple[torch.device, ...], state: AutocastState) -> Iter
 # --- buffers and parameters -------------------------------------------------------------------------------------------
 
 
-def _modules(block: Any) -> list[nn.Module]:
+def modules_of(block: Any) -> list[nn.Module]:
     """Return a block's modules; unlike ``modules()``, one that is shared inside the block as often as it occurs."""
     found = [block] if isinstance(block, nn.Module) else []
     for module in found:
-        found += [child for child in module._modules.values() if child is not None]
+        if module._modules:
+            found += [child for child in module._modules.values() if child is not None]
     return found
 
 
@@ -143,10 +140,12 @@ class Buffers:
 
     __slots__ = ("_before", "_old_statistics", "_statistics", "_watched")
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._statistics: list[Tensor] = []
         self._watched: list[tuple[Tensor, int, Tensor]] = []
-        for module in _modules(block):
+        for module in modules:
+            if not module._buffers:
+                continue
             buffers = [b for b in module._buffers.values() if b is not None]
             if isinstance(module, _NormBase):
                 self._statistics += buffers if module.training else []
@@ -157,8 +156,9 @@ class Buffers:
 
     def settle(self) -> None:
         """Call it after the block ran: keep the old values of those that moved, forget the rest."""
-        self._before += [(b, old) for b, version, old in self._watched if b._version != version]
-        self._watched = []
+        if self._watched:
+            self._before += [(b, old) for b, version, old in self._watched if b._version != version]
+            self._watched = []
 
     def take_back(self) -> None:
         """Undo what the block did: a later one failed, or it did itself."""
@@ -170,6 +170,11 @@ class Buffers:
         """Say that nothing will be taken back; the second run needs no old statistics."""
         self._old_statistics = []
 
+    @property
+    def moved(self) -> bool:
+        """Whether the block changed any."""
+        return bool(self._statistics or self._before)
+
     def as_now(self) -> contextlib.AbstractContextManager[None]:
         """Let the block run meanwhile, and afterwards put back what is there now."""
         self._before = [(b, old) for b, _, old in self._watched]
@@ -179,9 +184,6 @@ class Buffers:
     def as_before(self) -> Iterator[None]:
         """Give the block the buffers it had, and afterwards put back what is there now, in place."""
         changing = [*self._statistics, *(b for b, _ in self._before)]
-        if not changing:
-            yield
-            return
         now = [b.detach().clone() for b in changing]
         # through .data: a restored value is no change that autograd should count
         for buffer, old in self._before:
@@ -193,34 +195,52 @@ class Buffers:
                 buffer.data.copy_(value)
 
 
-ParameterVersions = tuple[tuple[int, int], ...]
-
-
-def parameter_versions(block: Any) -> ParameterVersions:
-    """Return identity and version of each of the block's parameters (``p.data = …`` changes neither).
+class Parameters:
+    """The modules and parameters that a block ran with: which objects, and which version (``p.data = …`` changes none).
 
     A sharded parameter counts as nobody: it and the gathered one are different objects that hold the same numbers.
     """
-    found = [p for m in _modules(block) for p in m._parameters.values() if p is not None]
-    return tuple([(0, 0) if hasattr(p, "device_mesh") else (id(p), p._version) for p in found])
+
+    __slots__ = ("_modules", "_places")
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        self._places = [
+            (place, name, *_identity(parameter))
+            for place in [m._parameters for m in modules if m._parameters]
+            for name, parameter in place.items()
+        ]
+
+    def check(self, index: int) -> None:
+        """Refuse to run block ``index`` again with other parameters than the first time."""
+        for place, name, child in self._modules:
+            if place.get(name) is not child:
+                raise InversionError(
+                    f"block of step {index} cannot be run again: its parameters are other objects than in the forward "
+                    f"pass (module {name} was replaced). Call backward before that"
+                )
+        for place, name, who, version in self._places:
+            now, now_version = _identity(place.get(name))
+            if (now == who and now_version == version) or now == _NOBODY or who == _NOBODY:
+                continue
+            if now != who:
+                cause = (
+                    f"its parameters are other objects than in the forward pass ({name}). Under "
+                    "torch.func.functional_call, take the gradient inside it (torch.func.grad), or call backward "
+                    "before the parameters are swapped back"
+                )
+            else:
+                cause = (
+                    f"its parameters were changed in place after the forward pass ({name}; an optimizer step, or "
+                    "weights loaded, before the backward pass). Call backward first, or run the forward pass again"
+                )
+            raise InversionError(f"block of step {index} cannot be run again: {cause}")
 
 
-def check_parameters(index: int, block: Any, then: ParameterVersions) -> None:
-    """Refuse to run a block again with other parameters than the first time."""
-    now = parameter_versions(block)
-    if now == then:
-        return
-    differing = [(a, b) for a, b in zip(then, now, strict=False) if a != b and a[0] and b[0]]
-    if any(a[0] != b[0] for a, b in differing) or len(then) != len(now):
-        cause = (
-            "its parameters are other objects than in the forward pass. Under torch.func.functional_call, take the "
-            "gradient inside it (torch.func.grad), or call backward before the parameters are swapped back"
-        )
-    elif differing:
-        cause = (
-            "its parameters were changed in place after the forward pass (an optimizer step, or weights loaded, "
-            "before the backward pass). Call backward first, or run the forward pass again"
-        )
-    else:
-        return
-    raise InversionError(f"block of step {index} cannot be run again: {cause}")
+_NOBODY = 0
+
+
+def _identity(parameter: Tensor | None) -> tuple[int, int]:
+    if type(parameter) is not nn.Parameter and (parameter is None or hasattr(parameter, "device_mesh")):
+        return (id(None) if parameter is None else _NOBODY), 0
+    return id(parameter), parameter._version

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +20,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from revcore.errors import InversionError, SpecError
-from revcore.policy import Policy, StoreAll, segments
+from revcore.policy import Segment, StepPolicy, StoreAll, segments
 from revcore.program import Program
 from revcore.step import Anchor, Couple
 from revcore_torch import detect, replay
+from revcore_torch.keep import Kept, from_host, to_host
 from revcore_torch.steps import Arguments, Call, Streams, make_calls, run_plain, version
 
 Meta = tuple[torch.Size, torch.dtype]
@@ -33,28 +34,31 @@ Handle = tuple[int, int]
 class Frame:
     """What the tape remembers of one step: no tensor of the streams' size."""
 
-    __slots__ = ("buffers", "call", "coupling_saved", "layout", "live", "metas", "parameters", "random")
+    __slots__ = ("buffers", "call", "coupling_saved", "kept", "layout", "live", "metas", "parameters", "random")
 
     def __init__(self, call: Call, streams: Sequence[Tensor]) -> None:
         self.call = call
         self.layout = tuple((s.requires_grad, s.stride()) for s in streams)
-        self.parameters = replay.parameter_versions(call.block)
-        self.buffers = replay.Buffers(call.block)
+        modules = replay.modules_of(call.block)
+        self.parameters = replay.Parameters(modules)
+        self.buffers = replay.Buffers(modules)
         self.random: replay.RandomState | None = None
         self.metas: list[Meta] = []
         self.coupling_saved = False
+        self.kept: Kept | None = None
         # while the block runs for the first time: it may differentiate inside itself, and then asks for them
         self.live: list[Tensor] | None = None
 
-    def leaves(self, streams: Sequence[Tensor]) -> list[Tensor]:
+    def leaves(self, streams: Sequence[Tensor], which: Sequence[int] | None = None) -> list[Tensor]:
         """Return the streams as the step met them: leaves of a graph, with its flags and strides.
 
-        Kernels choose their path, and so what they save and how they round, by the strides.
+        Kernels choose their path, and so what they save and how they round, by the strides. ``which`` says which
+        streams will be looked at: the strides of the others may be any.
         """
         result = []
-        for stream, (requires_grad, stride) in zip(streams, self.layout, strict=True):
+        for i, (stream, (requires_grad, stride)) in enumerate(zip(streams, self.layout, strict=True)):
             leaf = stream.detach()
-            if leaf.stride() != stride:
+            if leaf.stride() != stride and (which is None or i in which):
                 leaf = torch.empty_strided(leaf.shape, stride, dtype=leaf.dtype, device=leaf.device).copy_(leaf)
             result.append(leaf.requires_grad_(requires_grad))
         return result
@@ -70,18 +74,19 @@ class Pass:
 
     def __init__(self, task: int, at: int, streams: Streams, arguments: Arguments) -> None:
         self.task, self.at, self.streams, self.arguments = task, at, streams, arguments
-        self.saved: dict[Handle, Tensor] = {}
+        self.saved: dict[int, list[Any]] = {}
 
 
 class Tape:
     """One forward call's steps, and the way back through them.
 
-    ``reverse``: the streams after the last step are kept, and the walk goes from outputs to inputs. ``checkpoint``:
-    the streams before the first are kept, and all steps run again at once.
+    Of kind ``reverse``, the streams after the last step are kept, and the walk goes from outputs to inputs. Of kind
+    ``checkpoint``, the streams before the first are kept, and all steps run again at once.
     """
 
-    def __init__(self, kind: Literal["reverse", "checkpoint"], streams: Streams, arguments: Arguments) -> None:
-        self.kind = kind
+    def __init__(self, segment: Segment, streams: Streams, arguments: Arguments) -> None:
+        self.kind = segment.kind
+        self.recompute, self.offload = segment.recompute, segment.offload
         self.frames: list[Frame] = []
         self.node: weakref.ref[Any] | None = None
         self.current: Pass | None = None
@@ -100,8 +105,11 @@ class Tape:
         self, calls: Sequence[Call], streams: Streams, arguments: Arguments
     ) -> tuple[Streams, list[tuple[Any, ...]]]:
         """Run the steps, build their graph, and keep what the way back starts from."""
-        # T6: no stream could be rebuilt with strides that overlap (an expanded input)
-        streams = given = tuple(s.contiguous() if 0 in s.stride() else s for s in streams)
+        # T6: a stream that is rebuilt has memory of its own, so one that comes with gaps (a part of a wider tensor) or
+        # overlaps (an expanded one) would need a copy on the way back, with the gaps
+        if self.kind == "reverse":
+            streams = tuple(s if _is_dense(s) else s.clone() for s in streams)
+        given = streams
         tensors = tuple(arguments.flat[0][i] for i in self.places)
         versions = [version(t) for t in tensors]
         random = self.random
@@ -119,7 +127,9 @@ class Tape:
         # Invariant T2: every output that carries a gradient passes through the node that keeps them.
         through = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if through:
-            for i, leaf in zip(through, _Keep.apply(self, kept, *(outputs[i] for i in through)), strict=True):
+            with saved_tensors_hooks(to_host, from_host) if self.offload else contextlib.nullcontext():
+                results = _Keep.apply(self, kept, *(outputs[i] for i in through))
+            for i, leaf in zip(through, results, strict=True):
                 outputs[i] = leaf
         return pytree.tree_unflatten(outputs, spec)
 
@@ -128,11 +138,18 @@ class Tape:
         self.frames.append(frame)
         first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         frame.live = live = []
-        with saved_tensors_hooks(_Pack(index, live, frame.metas), self.unpack):
-            f, aux = call.evaluate(streams, arguments)
+        with saved_tensors_hooks(_Pack(index, live), self.unpack):
+            if self.recompute is None:
+                f, aux = call.evaluate(streams, arguments)
+            else:
+                frame.kept = Kept(self.recompute, self.offload)
+                with frame.kept.first(self.devices):
+                    f, aux = call.evaluate(streams, arguments)
+                frame.kept.settle(call.index)
             by_block = len(live)
             detect.warn_once(call.index, call.block, f, first_node)
             streams = call.merge(streams, f)
+        frame.metas = [(t.shape, t.dtype) for t in live]
         frame.coupling_saved = len(live) > by_block
         frame.live = None
         live.clear()
@@ -161,13 +178,24 @@ class Tape:
 
     def unpack(self, handle: Handle) -> Tensor:
         """Return a saved tensor of a rebuilt step; each is handed out once (T4)."""
-        live = self.frames[handle[0]].live
+        index, k = handle
+        live = self.frames[index].live
         if live is not None:
-            return live[handle[1]]
-        with self._walking() as walk:
-            if handle not in walk.saved:
-                self._rebuild(walk, handle[0])
-            return walk.saved.pop(handle)
+            return live[k]
+        walk = self.current
+        if walk is None or walk.task != _task():
+            with self._walking() as walk:
+                return self._hand_out(walk, index, k)
+        return self._hand_out(walk, index, k)
+
+    def _hand_out(self, walk: Pass, index: int, k: int) -> Tensor:
+        saved = walk.saved.get(index)
+        if saved is None or saved[k] is None:
+            with self._walking():
+                self._rebuild(walk, index)
+            saved = walk.saved[index]
+        tensor, saved[k] = saved[k], None
+        return tensor
 
     def ensure(self, index: int) -> None:
         """Rebuild step ``index`` before the first node of its graph runs."""
@@ -178,7 +206,7 @@ class Tape:
     @contextlib.contextmanager
     def _walking(self) -> Iterator[Pass]:
         """The state of this backward pass (T5): begun where there is none, gone when it ends or fails."""
-        task = torch._C._current_graph_task_id()
+        task = _task()
         if self.current is None or self.current.task != task:
             self.current = self._begin(task)
             if task != -1:
@@ -236,9 +264,9 @@ class Tape:
                 streams = call.undo(streams, None, arguments)
             self._redo(walk, index, streams)
             return streams
-        collected: list[Tensor] = []
+        collected: list[Any] = []
         with self._replaying(frame, collected):
-            f, _ = call.evaluate(frame.leaves(streams), arguments)
+            f = self._evaluate_again(frame, frame.leaves(streams, step.sources), arguments)
             with torch.no_grad():
                 streams = call.undo(streams, _detached(f), arguments)
             if frame.coupling_saved:
@@ -249,29 +277,42 @@ class Tape:
     def _redo(self, walk: Pass, index: int, streams: Streams) -> Streams:
         """Return the streams after step ``index``, given those before it; collect what its graph saves."""
         frame = self.frames[index]
-        collected: list[Tensor] = []
+        collected: list[Any] = []
         with self._replaying(frame, collected):
             leaves = frame.leaves(streams)
-            f, _ = frame.call.evaluate(leaves, walk.arguments)
+            f = self._evaluate_again(frame, leaves, walk.arguments)
             after = frame.call.merge(leaves, f)
         self._hold(walk, index, collected)
         return tuple(t.detach() for t in after)
 
     @contextlib.contextmanager
-    def _replaying(self, frame: Frame, collected: list[Tensor]) -> Iterator[None]:
+    def _replaying(self, frame: Frame, collected: list[Any]) -> Iterator[None]:
         """Everything that makes the second run of a block equal the first (T6, T7)."""
-        replay.check_parameters(frame.call.index, frame.call.block, frame.parameters)
-        with (
-            replay.recomputing(),
-            replay.random_state_as(self.devices, frame.random),
-            replay.autocast_as(self.devices, self.autocast),
-            frame.buffers.as_before(),
-            saved_tensors_hooks(_Collect(collected), collected.__getitem__),
-            torch.enable_grad(),
-        ):
-            yield
+        frame.parameters.check(frame.call.index)
+        with contextlib.ExitStack() as stack:
+            if frame.random is not None:
+                stack.enter_context(replay.random_state_as(self.devices, frame.random))
+            if replay.autocast_state(self.devices) != self.autocast:
+                stack.enter_context(replay.autocast_as(self.devices, self.autocast))
+            if frame.buffers.moved:
+                stack.enter_context(frame.buffers.as_before())
+            with (
+                replay.recomputing(),
+                saved_tensors_hooks(_Collect(collected), collected.__getitem__),
+                torch.enable_grad(),
+            ):
+                yield
 
-    def _hold(self, walk: Pass, index: int, collected: list[Tensor]) -> None:
+    def _evaluate_again(self, frame: Frame, streams: Sequence[Tensor], arguments: Arguments) -> Any:
+        if frame.kept is None:
+            return frame.call.evaluate(streams, arguments)[0]
+        with frame.kept.again(self.devices):
+            f, _ = frame.call.evaluate(streams, arguments)
+        if not _keeps_graph():
+            frame.kept = None
+        return f
+
+    def _hold(self, walk: Pass, index: int, collected: list[Any]) -> None:
         """Keep the collected tensors for the nodes, if they are what the first run saved (T7)."""
         frame = self.frames[index]
         metas = [(t.shape, t.dtype) for t in collected]
@@ -282,20 +323,19 @@ class Tape:
                 "outside state (a counter, a cache, training mode switched between forward and backward), or use "
                 "policy=StoreAll()"
             )
-        walk.saved.update(((index, k), tensor) for k, tensor in enumerate(collected))
+        walk.saved[index] = collected
 
 
 class _Pack:
     """The pack hook of a step's first run: keeps nothing but form (T1)."""
 
-    __slots__ = ("index", "live", "metas")
+    __slots__ = ("index", "live")
 
-    def __init__(self, index: int, live: list[Tensor], metas: list[Meta]) -> None:
-        self.index, self.live, self.metas = index, live, metas
+    def __init__(self, index: int, live: list[Tensor]) -> None:
+        self.index, self.live = index, live
 
     def __call__(self, tensor: Tensor) -> Handle:
         self.live.append(tensor)
-        self.metas.append((tensor.shape, tensor.dtype))
         return self.index, len(self.live) - 1
 
 
@@ -304,7 +344,7 @@ class _Collect:
 
     __slots__ = ("collected",)
 
-    def __init__(self, collected: list[Tensor]) -> None:
+    def __init__(self, collected: list[Any]) -> None:
         self.collected = collected
 
     def __call__(self, tensor: Tensor) -> int:
@@ -357,7 +397,11 @@ def _end(tape: weakref.ref[Tape], task: int) -> None:
 
 
 def run(
-    program: Program, blocks: Sequence[Any], streams: Streams, arguments: Arguments, policy: Policy
+    program: Program,
+    blocks: Sequence[Any],
+    streams: Streams,
+    arguments: Arguments,
+    policy: StepPolicy | Sequence[StepPolicy],
 ) -> tuple[Streams, list[tuple[Any, ...]]]:
     """Run ``program`` under ``policy``: the streams in their own order, and one tuple of auxiliary outputs a block."""
     _keep_dynamo_out()
@@ -371,9 +415,10 @@ def run(
         for segment in plan:
             here = calls[segment.start : segment.stop]
             if segment.kind == "store":
-                streams, extra = run_plain(here, streams, arguments)
+                with saved_tensors_hooks(to_host, from_host) if segment.offload else contextlib.nullcontext():
+                    streams, extra = run_plain(here, streams, arguments)
             else:
-                tapes.append(Tape(segment.kind, streams, arguments))
+                tapes.append(Tape(segment, streams, arguments))
                 streams, extra = tapes[-1].record(here, streams, arguments)
             aux += extra
     except BaseException:
@@ -395,6 +440,26 @@ def _can_record() -> bool:
         and not torch._C._get_tracing_state()
         and not torch.compiler.is_exporting()
     )
+
+
+def _is_dense(stream: Tensor) -> bool:
+    """Return whether a stream's elements fill one piece of memory, each in a place of its own."""
+    extent = 1
+    for size, stride in sorted(zip(stream.shape, stream.stride(), strict=True), key=lambda pair: pair[1]):
+        if size != 1 and stride != extent:
+            return False
+        extent *= size
+    return True
+
+
+def _task() -> int:
+    """Return the backward pass that is running here; −1 where none is."""
+    return torch._C._current_graph_task_id()
+
+
+def _keeps_graph() -> bool:
+    """Return whether the backward pass that is running here may be followed by another over the same graph."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _detached(f: Any) -> Any:

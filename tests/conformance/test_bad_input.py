@@ -63,7 +63,7 @@ BEFORE: dict[str, tuple[Call, str]] = {
     ),
     "policy by name": (
         lambda b, f: b.call(PROGRAM, f, ones(b), policy="reverse"),
-        r"policy came as 'reverse' \(str\), expected an instance of Reverse, StoreAll or Checkpoint",
+        r"policy came as 'reverse' \(str\), expected an instance of Reverse, StoreAll, Checkpoint or MemoryBudget",
     ),
     "no policy": (
         lambda b, f: b.call(PROGRAM, f, ones(b), policy=None),

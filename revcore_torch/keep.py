@@ -1,0 +1,166 @@
+"""What a policy keeps beside the streams: the results of chosen operations, and where (``recompute``, ``offload``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
+
+from revcore.errors import InversionError, SpecError
+from revcore_torch import replay
+
+# --- where ------------------------------------------------------------------------------------------------------------
+
+Held = Tensor | tuple[torch.device, Tensor]
+
+
+def to_host(tensor: Tensor) -> Held:
+    """Return ``tensor`` in the host's memory, with the device it is from.
+
+    A leaf that wants a gradient is a parameter or the user's own input: it lives on the device anyway.
+    """
+    if tensor.device.type == "cpu" or (tensor.is_leaf and tensor.requires_grad):
+        return tensor
+    there = torch.empty_like(tensor, device="cpu", pin_memory=torch.accelerator.is_available())
+    return tensor.device, there.copy_(tensor)
+
+
+def from_host(held: Held) -> Tensor:
+    """Return the tensor that :func:`to_host` was given."""
+    return held if isinstance(held, Tensor) else held[1].to(held[0], non_blocking=True)
+
+
+# --- what -------------------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """The results of one block's chosen operations, in the order of its operations; ``None`` for one not chosen."""
+
+    __slots__ = ("offload", "results", "selects")
+
+    def __init__(self, recompute: Any, offload: bool) -> None:
+        self.selects = _selector(recompute)
+        self.offload = offload
+        self.results: list[_Result | None] = []
+
+    def first(self, devices: tuple[torch.device, ...]) -> TorchDispatchMode:
+        """The mode of the block's first run."""
+        return _First(self, devices)
+
+    def again(self, devices: tuple[torch.device, ...]) -> TorchDispatchMode:
+        """The mode of its second run, which may be repeated."""
+        return _Again(self, devices)
+
+    def settle(self, index: int) -> None:
+        """Call it after the first run: refuse results that were changed in place."""
+        for result in self.results:
+            if result is None:
+                continue
+            if result.versions != [t._version for t in result.tensors if isinstance(t, Tensor)]:
+                raise SpecError(
+                    f"block of step {index} changed the result of {result.operation} in place, and recompute= asks to "
+                    "keep it: use the form that is not in place, or do not keep that operation"
+                )
+            result.store(self.offload)
+
+
+class _Result:
+    __slots__ = ("held", "operation", "random", "spec", "tensors", "versions")
+
+    def __init__(self, operation: str, out: Any, random: replay.RandomState | None) -> None:
+        leaves, self.spec = pytree.tree_flatten(out)
+        self.operation, self.random = operation, random
+        # below autograd, an alias has a version of its own unless one asks for the shared one
+        with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+            self.tensors: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
+        self.versions = [t._version for t in self.tensors if isinstance(t, Tensor)]
+        self.held: list[Any] = []
+
+    def store(self, offload: bool) -> None:
+        self.held = [to_host(t) if offload and isinstance(t, Tensor) else t for t in self.tensors]
+        self.tensors = []
+
+    def value(self) -> Any:
+        # an alias each time: autograd writes its graph into what an operation returns
+        leaves = [from_host(h).detach() if isinstance(h, (Tensor, tuple)) else h for h in self.held]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, kept: Kept, devices: tuple[torch.device, ...]) -> None:
+        super().__init__()
+        self.kept, self.devices = kept, devices
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+class _First(_Mode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in SAC_IGNORED_OPS:
+            return func(*args, **kwargs)
+        draws = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        before = replay.random_state(self.devices) if draws else None
+        out = func(*args, **kwargs)
+        result = None
+        if self.kept.selects(out, func, *args, **kwargs):
+            # what is drawn after an operation that is not run again must be drawn from where that one left off
+            after = replay.random_state(self.devices) if draws else None
+            result = _Result(str(func), out, after if after != before else None)
+        self.kept.results.append(result)
+        return out
+
+
+class _Again(_Mode):
+    def __init__(self, kept: Kept, devices: tuple[torch.device, ...]) -> None:
+        super().__init__(kept, devices)
+        self.results = iter(kept.results)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SAC_IGNORED_OPS:
+            return func(*args, **(kwargs or {}))
+        result = next(self.results, None)
+        if result is None:
+            return func(*args, **(kwargs or {}))
+        if result.operation != str(func):
+            raise InversionError(
+                f"a block ran {func} the second time where it ran {result.operation} the first: it must do the same "
+                "on the same input"
+            )
+        if result.random is not None:
+            replay.set_random_state(self.devices, result.random)
+        return result.value()
+
+
+def _selector(recompute: Any) -> Callable[..., bool]:
+    """Return the function that says of an operation's output, the operation and its arguments whether to keep it."""
+    if callable(recompute):
+        return lambda out, func, *args, **kwargs: _is_save(recompute(_context(out), func, *args, **kwargs))
+    for operator in recompute:
+        if not isinstance(operator, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
+            raise SpecError(
+                f"recompute holds {operator!r} ({type(operator).__name__}), expected operators such as "
+                "torch.ops.aten.mm.default"
+            )
+    operators = frozenset(recompute)
+    return lambda out, func, *args, **kwargs: func in operators
+
+
+def _context(out: Any) -> SelectiveCheckpointContext:
+    try:
+        return SelectiveCheckpointContext(is_recompute=False, op_output=out)
+    except TypeError:  # older torch does not show the output
+        return SelectiveCheckpointContext(is_recompute=False)  # pyright: ignore[reportCallIssue]
+
+
+def _is_save(answer: Any) -> bool:
+    if isinstance(answer, bool):
+        return answer
+    return answer in (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
