@@ -69,6 +69,21 @@ def test_counts_what_autograd_saves() -> None:
     assert memory.live == BYTES  # x.grad
 
 
+def test_sees_what_autograd_frees_on_its_way() -> None:
+    x = torch.ones(N, requires_grad=True)
+    seen: list[int] = []
+    with LiveBytes() as memory:
+        y = x
+        for _ in range(8):
+            y = y.sin()
+            y.register_hook(lambda _: seen.append(memory.live))
+        loss = y.sum()
+        del y
+        loss.backward()
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] - seen[-1] >= 6 * BYTES  # each sine's input, freed by the engine as soon as it was used
+
+
 class Hoarder(nn.Module):
     """A block that keeps what it computed."""
 
