@@ -11,7 +11,7 @@ VENV  := .venv$(if $(SYSTEM_SITE_PACKAGES),-system)
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 
-.PHONY: help setup test lint unit format demo clean distclean
+.PHONY: help setup test lint unit format demo bench clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -48,6 +48,9 @@ format: $(READY) ## format the code and apply ruff's safe fixes
 
 demo: $(READY) ## train a reversible network and show what it took; ARGS="--help" lists its options
 	$(BIN)/python -m revcore demo $(ARGS)
+
+bench: $(READY) ## compare with checkpointing, and with the libraries that are installed; ARGS="--help" says how
+	$(BIN)/python -m benchmarks.torch_engine $(ARGS)
 
 clean: ## remove caches, builds and what the demo wrote
 	rm -rf build dist demo *.egg-info .hypothesis .pytest_cache .ruff_cache
