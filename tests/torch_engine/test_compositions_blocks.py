@@ -1,0 +1,879 @@
+"""What blocks are made of: random numbers, buffers, parametrisations, tied and frozen weights."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import EVERYTHING, KEPT, WIDTH, block, dropout_block, make_input, train
+from registry import Section
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import revcore
+import revcore_torch
+from revcore_torch import Checkpoint, Reverse, ReversibleSequential, reversible
+
+chance = Section("Random numbers in blocks")
+
+
+def after_linear(make_layer: Any) -> Any:
+    """A maker of blocks: a linear layer, the layer at hand, and a bounded function."""
+    return lambda width=WIDTH: nn.Sequential(nn.Linear(width, width), make_layer(width), nn.Tanh())
+
+
+def as_image(make_layer: Any, *sizes: int) -> Any:
+    """A maker of blocks that see their stream as channels and places."""
+    return lambda width=WIDTH: nn.Sequential(
+        nn.Linear(width, width), nn.Unflatten(1, (2, *sizes)), make_layer(2), nn.Flatten(), nn.Tanh()
+    )
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@chance.same("`Dropout`", make=dropout_block, settings=EVERYTHING)
+def test_dropout(model):
+    return train(model), torch.rand(1)
+
+
+@chance.same(
+    "`AlphaDropout`, `Dropout1d`", make=lambda _: nn.Sequential(block(), nn.AlphaDropout(0.3), nn.Dropout1d(0.3))
+)
+def test_other_dropouts(model):
+    return train(model), torch.rand(1)
+
+
+@chance.same("`RReLU`", make=after_linear(lambda _: nn.RReLU()))
+def test_rrelu(model):
+    return train(model)
+
+
+@chance.same(
+    "noise drawn by hand (`torch.randn_like`)", make=after_linear(lambda _: Apply(lambda x: x + torch.randn_like(x)))
+)
+def test_noise(model):
+    return train(model)
+
+
+@chance.same("Gumbel softmax", make=after_linear(lambda _: Apply(lambda x: nn.functional.gumbel_softmax(x, hard=True))))
+def test_gumbel_softmax(model):
+    return train(model)
+
+
+class StochasticDepth(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = dropout_block(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if torch.rand(()) < 0.4 else self.inner(x)
+
+
+@chance.same("stochastic depth: a layer is left out by a draw of `torch.rand`", make=StochasticDepth)
+def test_stochastic_depth(model):
+    return train(model)
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.generator = nn.Linear(width, width), torch.Generator().manual_seed(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) * torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
+
+
+@chance.works(
+    "a block draws from a `torch.Generator` of its own",
+    bug="wrong gradient: the second run draws other numbers",
+)
+def test_own_generator():
+    def run(policy):
+        torch.manual_seed(0)
+        model = ReversibleSequential(OwnGenerator(WIDTH), OwnGenerator(WIDTH), policy=policy).double()
+        return [*train(model), torch.rand(3, generator=model[0].generator)]
+
+    equal_or_refused(run)
+
+
+@chance.works(
+    "a block draws from Python's `random`",
+    bug="wrong gradient: the second run draws other numbers",
+)
+def test_pythons_random():
+    equal_or_refused(lambda policy: drawing(random.random, policy))
+
+
+@chance.works(
+    "a block draws from `numpy.random`",
+    bug="wrong gradient: the second run draws other numbers",
+)
+def test_numpys_random():
+    equal_or_refused(lambda policy: drawing(np.random.rand, policy))
+
+
+def drawing(draw: Any, policy: Any) -> list[Any]:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - as above
+    blocks = [Apply(lambda x: torch.sin(x) * draw()) for _ in range(3)]
+    return [*train(ReversibleSequential(*blocks, policy=policy)), torch.tensor(draw())]
+
+
+def equal_or_refused(run: Any) -> None:
+    """Either way is right; a wrong number is not."""
+    expected = run(revcore_torch.StoreAll())
+    for policy in (Reverse(), Checkpoint()):
+        try:
+            got = run(policy)
+        except revcore.InversionError:
+            continue
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class DisturbedMeanwhile(nn.Module):
+    """While its block runs for the second time, another thread draws a number."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(width, width), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        if revcore_torch.is_recomputing():
+            thread = threading.Thread(target=torch.rand, args=(5,))
+            thread.start()
+            thread.join()
+        return self.dropout(h)
+
+
+@chance.works(
+    "another thread draws random numbers while a block is run again",
+    bug="wrong gradient: the second run draws another mask",
+)
+def test_another_thread_draws():
+    def run(policy):
+        torch.manual_seed(0)
+        blocks = [DisturbedMeanwhile(WIDTH) for _ in range(2)]
+        return train(ReversibleSequential(*blocks, policy=policy).double())
+
+    equal_or_refused(run)
+
+
+# --- buffers ----------------------------------------------------------------------------------------------------------
+
+buffers = Section("Buffers")
+WITHOUT_KEPT = {name: setting for name, setting in EVERYTHING.items() if name not in KEPT}
+
+
+class Statistics(nn.Module):
+    """Everything that moves a buffer: batch norm, spectral norm (a power iteration); and dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = parametrizations.spectral_norm(nn.Linear(width, width))
+        self.norm = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(torch.tanh(self.norm(self.linear(x))))
+
+
+@buffers.same("`BatchNorm` and spectral norm: buffers move once", make=Statistics, settings=WITHOUT_KEPT)
+def test_statistics(model):
+    return train(model)
+
+
+@buffers.same(
+    "spectral norm with operations kept (`Reverse(recompute=[…])`)",
+    make=Statistics,
+    settings=KEPT,
+    bug="`TypeError`: an operation has an argument named `out`",
+)
+def test_statistics_with_operations_kept(model):
+    return train(model)
+
+
+@buffers.same("the same over two forward passes and one backward", make=Statistics, tolerance=1e-10)
+def test_statistics_of_two_forwards(model):
+    x = make_input()
+    (model(x).pow(2).sum() + model(2 * x).sin().sum()).backward()
+    return x.grad
+
+
+@buffers.same("the same with a forward pass between forward and backward", make=Statistics)
+def test_statistics_moved_before_backward(model):
+    x = make_input()
+    loss = model(x).pow(2).sum()
+    with torch.no_grad():
+        model(3 * x)
+    loss.backward()
+    return x.grad
+
+
+@buffers.works("`BatchNorm` counts one batch a step")
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_batch_norm_counts_once(policy):
+    model = ReversibleSequential(*[nn.BatchNorm1d(WIDTH) for _ in range(3)], policy=policy).double()
+    for step in (1, 2):
+        train(model)
+        assert [b.state_dict()["num_batches_tracked"] for b in model] == [step] * 3
+
+
+@buffers.same(
+    "`BatchNorm` with a cumulative average (`momentum=None`)",
+    make=after_linear(lambda w: nn.BatchNorm1d(w, momentum=None)),
+)
+def test_batch_norm_cumulative(model):
+    return train(model), train(model)
+
+
+@buffers.same(
+    "`BatchNorm` without running statistics", make=after_linear(lambda w: nn.BatchNorm1d(w, track_running_stats=False))
+)
+def test_batch_norm_without_statistics(model):
+    return train(model)
+
+
+@buffers.same("`BatchNorm` frozen in evaluation mode while the rest trains", make=Statistics)
+def test_batch_norm_frozen(model):
+    train(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval().requires_grad_(False)
+    return train(model)
+
+
+@buffers.same(
+    "`BatchNorm2d` in convolutional blocks",
+    make=as_image(lambda c: nn.Sequential(nn.Conv2d(c, c, 1), nn.BatchNorm2d(c)), 1, 3),
+)
+def test_batch_norm_2d(model):
+    return train(model)
+
+
+@buffers.same("`InstanceNorm`", make=as_image(lambda c: nn.InstanceNorm1d(c, affine=True), 3))
+def test_instance_norm(model):
+    return train(model)
+
+
+@buffers.same(
+    "`InstanceNorm` with running statistics", make=as_image(lambda c: nn.InstanceNorm1d(c, track_running_stats=True), 3)
+)
+def test_instance_norm_with_statistics(model):
+    return train(model), train(model.eval())
+
+
+@buffers.same(
+    "`LayerNorm`, `GroupNorm`, `RMSNorm`",
+    make=after_linear(lambda w: nn.Sequential(nn.LayerNorm(w), nn.GroupNorm(2, w), nn.RMSNorm(w))),
+)
+def test_other_norms(model):
+    return train(model)
+
+
+class Counter(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.linear(x)) * self.calls
+
+
+@buffers.same("a buffer that the block counts up in place, and uses", make=Counter)
+def test_counter_buffer(model):
+    return train(model), train(model)
+
+
+class Replaced(Counter):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return torch.tanh(self.linear(x)) * self.calls
+
+
+@buffers.works(
+    "a buffer that the block replaces (`self.calls = self.calls + 1`)",
+    bug="wrong gradient: it counts twice, and the second run uses the later value",
+)
+def test_replaced_buffer():
+    def run(policy):
+        torch.manual_seed(0)
+        model = ReversibleSequential(Replaced(WIDTH), Replaced(WIDTH), policy=policy).double()
+        return [*train(model), *model.buffers()]
+
+    equal_or_refused(run)
+
+
+class Codebook(nn.Module):
+    """Vector quantisation with a codebook kept by a moving average, as VQ-VAE has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.codes: Tensor
+        self.register_buffer("codes", torch.randn(5, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        nearest = torch.cdist(h, self.codes).argmin(1)
+        out = h + (self.codes[nearest] - h).detach() * h.abs()
+        if self.training:
+            with torch.no_grad():
+                self.codes[nearest] = 0.9 * self.codes[nearest] + 0.1 * h
+        return out
+
+
+@buffers.same("a codebook kept by a moving average (VQ-VAE)", make=Codebook)
+def test_codebook(model):
+    return train(model), train(model)
+
+
+@buffers.refuses("`inverse` of a block that draws random numbers", revcore.InversionError, "draws random numbers")
+def test_inverse_refuses_dropout(refused):
+    model = ReversibleSequential(*[Statistics(WIDTH) for _ in range(3)]).double()
+    state = torch.get_rng_state()
+    with refused:
+        model.inverse(make_input().detach())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@buffers.works("`inverse` moves no buffer")
+def test_inverse_moves_no_buffer():
+    model = ReversibleSequential(*[Statistics(WIDTH) for _ in range(3)]).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    y = model(make_input().detach())
+    before = [b.clone() for b in model.buffers()]
+    model.inverse(y)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+class Stateful(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(width, width), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.linear(x)) / self.calls
+
+
+@buffers.works(
+    "a block keeps state in a plain attribute (`self.calls += 1`), and uses it",
+    bug="wrong gradient: it counts twice, and the second run uses the later value",
+)
+def test_stateful_attribute():
+    def run(policy):
+        torch.manual_seed(0)
+        model = ReversibleSequential(Stateful(WIDTH), Stateful(WIDTH), policy=policy).double()
+        return [*train(model), torch.tensor([b.calls for b in model])]
+
+    equal_or_refused(run)
+
+
+class Rotary(nn.Module):
+    """Makes its tables in the first call and keeps them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(width, width), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.outer(torch.arange(len(x)), torch.linspace(0, 1, x.shape[1])).to(x).cos()
+        return torch.tanh(self.linear(x) * self.table)
+
+
+@buffers.same("a block makes a table in its first call and keeps it (rotary embeddings)", make=Rotary)
+def test_lazy_table(model):
+    return train(model), train(model)
+
+
+class LeavesActivation(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = torch.tanh(self.linear(x))
+        return self.last * 2
+
+
+@buffers.same("a block leaves an activation on `self`, and the loss uses it", make=LeavesActivation)
+def test_activation_on_self(model):
+    x = make_input()
+    y = model(x)
+    (y.pow(2).sum() + sum(b.last.sin().sum() for b in model)).backward()
+    return x.grad
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+weights = Section("Parameters and parametrisations")
+
+
+def parametrised(wrap: Any) -> Any:
+    return lambda width=WIDTH: nn.Sequential(wrap(nn.Linear(width, width)), nn.Tanh())
+
+
+@weights.same("`parametrizations.spectral_norm`", make=parametrised(parametrizations.spectral_norm))
+def test_spectral_norm(model):
+    return train(model), train(model)
+
+
+@weights.same("the old `utils.spectral_norm`", make=parametrised(nn.utils.spectral_norm))
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.spectral_norm.*deprecated")
+def test_old_spectral_norm(model):
+    return train(model), train(model)
+
+
+@weights.same("`parametrizations.weight_norm`", make=parametrised(parametrizations.weight_norm))
+def test_weight_norm(model):
+    return train(model)
+
+
+@weights.same("the old `utils.weight_norm`", make=parametrised(nn.utils.weight_norm))
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.*deprecated")
+def test_old_weight_norm(model):
+    return train(model)
+
+
+@weights.same("`parametrizations.orthogonal`", make=parametrised(parametrizations.orthogonal), tolerance=1e-11)
+def test_orthogonal(model):
+    return train(model)
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.triu() + weight.triu(1).T
+
+
+def symmetric(linear: nn.Module) -> nn.Module:
+    parametrize.register_parametrization(linear, "weight", Symmetric())
+    return linear
+
+
+@weights.same("a parametrisation written by hand", make=parametrised(symmetric))
+def test_parametrisation(model):
+    return train(model)
+
+
+@weights.same("the same, forward and backward inside `parametrize.cached()`", make=parametrised(symmetric))
+def test_parametrisation_cached(model):
+    with parametrize.cached():
+        return train(model)
+
+
+@weights.same("the same, only the forward pass inside `parametrize.cached()`", make=parametrised(symmetric))
+def test_parametrisation_cached_in_forward(model):
+    x = make_input()
+    with parametrize.cached():
+        loss = model(x).pow(2).sum()
+    loss.backward()
+    return x.grad
+
+
+@weights.same("one parametrised layer in all blocks, inside `parametrize.cached()`", make=parametrised(symmetric))
+def test_parametrisation_cached_and_tied(model):
+    for b in model[1:]:
+        b[0] = model[0][0]
+    with parametrize.cached():
+        x = make_input()
+        loss = model(x).pow(2).sum()
+        loss.backward()
+    return x.grad
+
+
+@weights.same("pruning (`utils.prune`)", make=parametrised(lambda m: prune.l1_unstructured(m, "weight", 0.4)))
+def test_pruning(model):
+    return train(model)
+
+
+class LoRA(nn.Module):
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(rank, base.in_features) / 3)
+        self.up = nn.Parameter(torch.randn(base.out_features, rank) / 3)
+        self.dropout = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.dropout(x) @ self.down.T @ self.up.T
+
+
+@weights.same("LoRA adapters over a frozen base", make=parametrised(LoRA), settings=EVERYTHING)
+def test_lora(model):
+    return train(model)
+
+
+@weights.same("LoRA adapters over a frozen base, an input without gradient", make=parametrised(LoRA))
+def test_lora_without_input_gradient(model):
+    return model(make_input().detach()).pow(2).sum().backward()
+
+
+@weights.same("LoRA adapters merged into the base and taken out again, between steps", make=parametrised(LoRA))
+def test_lora_merged(model):
+    train(model)
+    for sign in (1, -1):
+        with torch.no_grad():
+            for b in model:
+                b[0].base.weight.add_(sign * b[0].up @ b[0].down)
+            y = model(make_input())
+    return y, train(model)
+
+
+@weights.same("tied layers: one module twice in the list")
+def test_tied_layers(model):
+    model.append(model[0])
+    return train(model)
+
+
+@weights.same("all layers one module (weight sharing)")
+def test_one_module_for_all(model):
+    for i in range(1, len(model)):
+        model[i] = model[0]
+    return train(model)
+
+
+@weights.same("tied parameters: one weight in two layers")
+def test_tied_parameters(model):
+    model[3][0].weight = model[1][0].weight
+    model[2][3].weight = model[2][0].weight
+    return train(model)
+
+
+@weights.same("a weight of the model is used again outside (tied embeddings)")
+def test_weight_used_outside(model):
+    x = make_input()
+    y = model(x)[:, :WIDTH] @ model[0][0].weight.T
+    y.pow(2).sum().backward()
+    return x.grad
+
+
+@weights.same("frozen parameters inside a block")
+def test_frozen_parameters(model):
+    for b in model:
+        b[0].weight.requires_grad_(False)
+    return train(model)
+
+
+class Lazy(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.LazyLinear(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+
+@weights.same(
+    "lazy modules (`LazyLinear`) get their weights in the first forward pass",
+    make=Lazy,
+    bug="`InversionError` in the first step: parameters changed in place",
+)
+def test_lazy_modules(model):
+    return train(model)
+
+
+@weights.same("lazy modules, after a first pass under `no_grad`", make=Lazy)
+def test_lazy_modules_initialised(model):
+    with torch.no_grad():
+        model(make_input())
+    return train(model)
+
+
+# --- kinds of blocks --------------------------------------------------------------------------------------------------
+
+kinds = Section("Kinds of blocks")
+
+
+def two_forwards(model: Any) -> Any:
+    x = make_input()
+    (model(x).pow(2).sum() + model(model(x)).sin().sum()).backward()
+    return x.grad
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width: int, kind: Any = nn.LSTM) -> None:
+        super().__init__()
+        self.rnn = kind(width, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x[None])[0][0]
+
+
+@kinds.same("`LSTM`", make=Recurrent)
+def test_lstm(model):
+    return train(model), two_forwards(model)
+
+
+@kinds.same("`GRU`", make=lambda width: Recurrent(width, nn.GRU))
+def test_gru(model):
+    return train(model), two_forwards(model)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 2, 0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x[None], x[None], x[None], need_weights=False)[0][0]
+
+
+@kinds.same("`MultiheadAttention` with dropout", make=Attention)
+def test_attention(model):
+    return train(model), two_forwards(model)
+
+
+@kinds.same(
+    "`scaled_dot_product_attention`, causal",
+    make=after_linear(
+        lambda _: Apply(
+            lambda x: nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)[0]
+        )
+    ),
+)
+def test_sdpa(model):
+    return train(model)
+
+
+@kinds.same(
+    "`TransformerEncoderLayer`", make=lambda width: nn.TransformerEncoderLayer(width, 2, 8, 0.1, batch_first=True)
+)
+def test_transformer_layer(model):
+    return train(model), two_forwards(model)
+
+
+@kinds.same("`GLU` and other gates", make=lambda width: nn.Sequential(nn.Linear(width, 2 * width), nn.GLU(), nn.SiLU()))
+def test_gates(model):
+    return train(model)
+
+
+class Forces(nn.Module):
+    """Differentiates inside itself, in the forward pass."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.energy = block(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return torch.autograd.grad(self.energy(x).pow(2).sum(), x, create_graph=True)[0]
+
+
+@kinds.same("a block that differentiates inside itself (forces, energies)", make=Forces)
+def test_forces(model):
+    return train(model), two_forwards(model)
+
+
+class StopsGradient(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.router = nn.Linear(width, width), nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = self.router(x).sigmoid()
+        return torch.tanh(self.linear(x)) * gate
+
+
+@kinds.same("a region under `no_grad` inside a block", make=StopsGradient)
+def test_no_grad_inside(model):
+    return train(model)
+
+
+@kinds.same(
+    "blocks that detach their input (stop-gradient)",
+    make=lambda width: nn.Sequential(Apply(Tensor.detach), block(width)),
+)
+def test_detach_inside(model):
+    return train(model)
+
+
+@kinds.same("blocks that return a constant, or their input", make=lambda _: Apply(lambda x: x))
+def test_identity(model):
+    model[1] = Apply(torch.zeros_like)
+    return train(model)
+
+
+@kinds.same(
+    "in-place operations on a block's own tensors",
+    make=lambda width: nn.Sequential(nn.Linear(width, width), nn.Dropout(0.2, inplace=True), nn.ReLU(inplace=True)),
+)
+def test_in_place_inside(model):
+    return train(model)
+
+
+@kinds.works(
+    "a block changes a tensor in place that its own gradient needs",
+    bug="wrong gradient; the plain network raises",
+)
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_in_place_on_a_saved_tensor(policy):
+    # the gradient of exp_ needs its result
+    blocks = [Apply(lambda h: h.sin().exp_().mul_(2)) for _ in range(2)]
+    loss = ReversibleSequential(*blocks, policy=policy)(make_input()).pow(2).sum()
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+@kinds.refuses(
+    "a block writes into its input (`nn.ReLU(inplace=True)` first)",
+    revcore.SpecError,
+    "changed its input in place, which is a stream that others still need",
+)
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_in_place_on_the_input(refused, policy):
+    blocks = [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(WIDTH, WIDTH)).double()]
+    with refused:
+        reversible(revcore.revnet(1), blocks, tuple(2 * s for s in make_input().chunk(2, 1)), policy=policy)
+
+
+@kinds.refuses(
+    "a block changes the shape",
+    revcore.SpecError,
+    "block 1 returned shape (4, 3), but the stream it is coupled with has shape (4, 6)",
+)
+def test_other_shape(refused):
+    with refused:
+        ReversibleSequential(block(), nn.Linear(WIDTH, 3)).double()(make_input())
+
+
+@kinds.refuses("a block returns a wider dtype than its stream", revcore.SpecError, "float64")
+def test_wider_dtype(refused):
+    with refused:
+        ReversibleSequential(block(), Apply(Tensor.double))(make_input().detach().float())
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh() ** 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grads[0] * 2 * x.tanh() * (1 - x.tanh() ** 2)
+
+
+@kinds.same("a custom `autograd.Function` with `save_for_backward`", make=after_linear(lambda _: Apply(Square.apply)))
+def test_custom_function(model):
+    return train(model)
+
+
+class Hoarder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = x
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * (1 - ctx.x.tanh() ** 2)
+
+
+@kinds.works(
+    "a custom `autograd.Function` that keeps tensors on `ctx`",
+    note="right values, and one warning with its name: memory grows",
+)
+def test_function_that_hides_tensors():
+    x = make_input()
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH)).double() for _ in range(2)]
+    blocks[1].register_forward_hook(lambda _, __, out: Hoarder.apply(out))
+    with pytest.warns(UserWarning, match=r"step 1 keeps tensors on ctx \(Hoarder\.x\)"):
+        reversible(revcore.revnet(2), blocks, x.chunk(2, 1))
+    ours = reversible(revcore.revnet(2), blocks, x.chunk(2, 1))  # a second warning would be an error
+    stored = reversible(revcore.revnet(2), blocks, x.chunk(2, 1), policy=revcore.StoreAll())
+    for a, b in zip(*(torch.autograd.grad(torch.cat(s).sin().sum(), x) for s in (ours, stored)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@kinds.refuses("a block that acts otherwise the second time", revcore.InversionError, "ran differently the second time")
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_other_the_second_time(refused, policy):
+    calls = []
+    moody = Apply(lambda x: x.sin().cos() if calls.append(1) or len(calls) > 1 else x.sin())
+    loss = ReversibleSequential(moody, policy=policy)(make_input()).pow(2).sum()
+    with refused:
+        loss.backward()
+
+
+def nested_block(width: int) -> nn.Module:
+    inner = ReversibleSequential(dropout_block(width // 2), block(width // 2), block(width // 2))
+    return nn.Sequential(inner, nn.Tanh(), nn.Linear(width, width))
+
+
+@kinds.same("reversible nets inside reversible nets", make=nested_block)
+def test_nested(model):
+    return train(model)
+
+
+@kinds.same("the same, two forward passes and one backward", make=nested_block, tolerance=1e-11)
+def test_nested_two_forwards(model):
+    return two_forwards(model)
+
+
+@kinds.same("the same, differentiated twice", make=nested_block, tolerance=1e-10)
+def test_nested_double_backward(model):
+    x = make_input()
+    y = model(x)
+    (g,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+    g.pow(2).sum().backward()
+    return x.grad
+
+
+@kinds.same("functions instead of modules, with a closure over a tensor that has a graph")
+def test_closure_over_a_tensor(model):
+    leaf = torch.full((WIDTH,), 0.3, dtype=torch.float64, requires_grad=True)
+    gate = leaf.exp()
+    for i, b in enumerate(model):
+        model[i] = Apply(lambda h, b=b: torch.tanh(b[0](h)) * gate)
+    return train(model), leaf.grad
+
+
+@kinds.works(
+    "a tensor that a block closes over is changed in place before the backward pass",
+    bug="wrong gradient; the plain network raises",
+)
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_closed_over_tensor_changed(policy):
+    gate = torch.full((WIDTH,), 0.5, dtype=torch.float64)
+    loss = ReversibleSequential(*[Apply(lambda h: h.sin() * gate)] * 2, policy=policy)(make_input()).pow(2).sum()
+    gate.mul_(2)
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
+@kinds.same("several streams go into a block (`Couple` with two sources)")
+def test_steps_that_are_not_revnets(model):
+    # the plain networks of the other tests know one source, so this one is written out here
+    x = make_input(width=3 * WIDTH)
+    a, b, c = x.chunk(3, 1)
+    if hasattr(model, "policy"):
+        program = revcore.Program([revcore.Couple(0, (1, 2)), revcore.Couple(2, (0,))], num_streams=3)
+        blocks = [Apply(lambda p, q: model[0](p * q)), model[1]]
+        a, b, c = reversible(program, blocks, (a, b, c), policy=model.policy)
+    else:
+        a = a + model[0](b * c)
+        c = c + model[1](a)
+    torch.cat((a, b, c), 1).pow(3).sum().backward()
+    return a, b, c, x.grad
