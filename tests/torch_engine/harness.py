@@ -30,6 +30,27 @@ def dropout_block(width: int = WIDTH) -> nn.Module:
     return block(width, 0.4)
 
 
+def after_linear(make_layer: Any) -> Any:
+    """A maker of blocks: a linear layer, the layer at hand, and a bounded function."""
+    return lambda width=WIDTH: nn.Sequential(nn.Linear(width, width), make_layer(width), nn.Tanh())
+
+
+def as_image(make_layer: Any, *sizes: int) -> Any:
+    """A maker of blocks that see their stream as channels and places."""
+    return lambda width=WIDTH: nn.Sequential(
+        nn.Linear(width, width), nn.Unflatten(1, (2, *sizes)), make_layer(2), nn.Flatten(), nn.Tanh()
+    )
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
 def make_input(rows: int = 4, width: int = 2 * WIDTH) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return torch.randn(rows, width, dtype=torch.float64, generator=generator).requires_grad_()

@@ -24,6 +24,7 @@ HERE = Path(__file__).parent
 FILES = [
     "test_compositions_gradients",
     "test_compositions_hooks",
+    "test_compositions_state",
     "test_compositions_blocks",
     "test_compositions_arguments",
     "test_compositions_numbers",

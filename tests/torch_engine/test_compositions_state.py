@@ -1,0 +1,403 @@
+"""Blocks that draw random numbers, move buffers, or keep a state: what they did once is not done twice."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import EVERYTHING, KEPT, WIDTH, Apply, after_linear, as_image, block, dropout_block, make_input, train
+from registry import Section
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import revcore
+import revcore_torch
+from revcore_torch import Checkpoint, Reverse, ReversibleSequential
+
+chance = Section("Random numbers in blocks")
+
+
+@chance.same("`Dropout`", make=dropout_block, settings=EVERYTHING)
+def test_dropout(model):
+    return train(model), torch.rand(1)
+
+
+@chance.same(
+    "`AlphaDropout`, `Dropout1d`", make=lambda _: nn.Sequential(block(), nn.AlphaDropout(0.3), nn.Dropout1d(0.3))
+)
+def test_other_dropouts(model):
+    return train(model), torch.rand(1)
+
+
+@chance.same("`RReLU`", make=after_linear(lambda _: nn.RReLU()))
+def test_rrelu(model):
+    return train(model)
+
+
+@chance.same(
+    "noise drawn by hand (`torch.randn_like`)", make=after_linear(lambda _: Apply(lambda x: x + torch.randn_like(x)))
+)
+def test_noise(model):
+    return train(model)
+
+
+@chance.same("Gumbel softmax", make=after_linear(lambda _: Apply(lambda x: nn.functional.gumbel_softmax(x, hard=True))))
+def test_gumbel_softmax(model):
+    return train(model)
+
+
+class StochasticDepth(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = dropout_block(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if torch.rand(()) < 0.4 else self.inner(x)
+
+
+@chance.same("stochastic depth: a layer is left out by a draw of `torch.rand`", make=StochasticDepth)
+def test_stochastic_depth(model):
+    return train(model)
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.generator = nn.Linear(width, width), torch.Generator().manual_seed(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) * torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
+
+
+@chance.works(
+    "a block draws from a `torch.Generator` of its own",
+    bug="wrong gradient: the second run draws other numbers",
+)
+def test_own_generator():
+    def run(policy):
+        torch.manual_seed(0)
+        model = ReversibleSequential(OwnGenerator(WIDTH), OwnGenerator(WIDTH), policy=policy).double()
+        return [*train(model), torch.rand(3, generator=model[0].generator)]
+
+    equal_or_refused(run)
+
+
+@chance.works(
+    "a block draws from Python's `random`",
+    bug="wrong gradient: the second run draws other numbers",
+)
+def test_pythons_random():
+    equal_or_refused(lambda policy: drawing(random.random, policy))
+
+
+@chance.works(
+    "a block draws from `numpy.random`",
+    bug="wrong gradient: the second run draws other numbers",
+)
+def test_numpys_random():
+    equal_or_refused(lambda policy: drawing(np.random.rand, policy))
+
+
+def drawing(draw: Any, policy: Any) -> list[Any]:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - as above
+    blocks = [Apply(lambda x: torch.sin(x) * draw()) for _ in range(3)]
+    return [*train(ReversibleSequential(*blocks, policy=policy)), torch.tensor(draw())]
+
+
+def equal_or_refused(run: Any) -> None:
+    """Either way is right; a wrong number is not."""
+    expected = run(revcore_torch.StoreAll())
+    for policy in (Reverse(), Checkpoint()):
+        try:
+            got = run(policy)
+        except revcore.InversionError:
+            continue
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+class DisturbedMeanwhile(nn.Module):
+    """While its block runs for the second time, another thread draws a number."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.dropout = nn.Linear(width, width), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        if revcore_torch.is_recomputing():
+            thread = threading.Thread(target=torch.rand, args=(5,))
+            thread.start()
+            thread.join()
+        return self.dropout(h)
+
+
+@chance.works(
+    "another thread draws random numbers while a block is run again",
+    bug="wrong gradient: the second run draws another mask",
+)
+def test_another_thread_draws():
+    def run(policy):
+        torch.manual_seed(0)
+        blocks = [DisturbedMeanwhile(WIDTH) for _ in range(2)]
+        return train(ReversibleSequential(*blocks, policy=policy).double())
+
+    equal_or_refused(run)
+
+
+# --- buffers ----------------------------------------------------------------------------------------------------------
+
+buffers = Section("Buffers")
+WITHOUT_KEPT = {name: setting for name, setting in EVERYTHING.items() if name not in KEPT}
+
+
+class Statistics(nn.Module):
+    """Everything that moves a buffer: batch norm, spectral norm (a power iteration); and dropout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = parametrizations.spectral_norm(nn.Linear(width, width))
+        self.norm = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(torch.tanh(self.norm(self.linear(x))))
+
+
+@buffers.same("`BatchNorm` and spectral norm: buffers move once", make=Statistics, settings=WITHOUT_KEPT)
+def test_statistics(model):
+    return train(model)
+
+
+@buffers.same(
+    "spectral norm with operations kept (`Reverse(recompute=[…])`)",
+    make=Statistics,
+    settings=KEPT,
+    bug="`TypeError`: an operation has an argument named `out`",
+)
+def test_statistics_with_operations_kept(model):
+    return train(model)
+
+
+@buffers.same("the same over two forward passes and one backward", make=Statistics, tolerance=1e-10)
+def test_statistics_of_two_forwards(model):
+    x = make_input()
+    (model(x).pow(2).sum() + model(2 * x).sin().sum()).backward()
+    return x.grad
+
+
+@buffers.same("the same with a forward pass between forward and backward", make=Statistics)
+def test_statistics_moved_before_backward(model):
+    x = make_input()
+    loss = model(x).pow(2).sum()
+    with torch.no_grad():
+        model(3 * x)
+    loss.backward()
+    return x.grad
+
+
+@buffers.works("`BatchNorm` counts one batch a step")
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_batch_norm_counts_once(policy):
+    model = ReversibleSequential(*[nn.BatchNorm1d(WIDTH) for _ in range(3)], policy=policy).double()
+    for step in (1, 2):
+        train(model)
+        assert [b.state_dict()["num_batches_tracked"] for b in model] == [step] * 3
+
+
+@buffers.same(
+    "`BatchNorm` with a cumulative average (`momentum=None`)",
+    make=after_linear(lambda w: nn.BatchNorm1d(w, momentum=None)),
+)
+def test_batch_norm_cumulative(model):
+    return train(model), train(model)
+
+
+@buffers.same(
+    "`BatchNorm` without running statistics", make=after_linear(lambda w: nn.BatchNorm1d(w, track_running_stats=False))
+)
+def test_batch_norm_without_statistics(model):
+    return train(model)
+
+
+@buffers.same("`BatchNorm` frozen in evaluation mode while the rest trains", make=Statistics)
+def test_batch_norm_frozen(model):
+    train(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.eval().requires_grad_(False)
+    return train(model)
+
+
+@buffers.same(
+    "`BatchNorm2d` in convolutional blocks",
+    make=as_image(lambda c: nn.Sequential(nn.Conv2d(c, c, 1), nn.BatchNorm2d(c)), 1, 3),
+)
+def test_batch_norm_2d(model):
+    return train(model)
+
+
+@buffers.same("`InstanceNorm`", make=as_image(lambda c: nn.InstanceNorm1d(c, affine=True), 3))
+def test_instance_norm(model):
+    return train(model)
+
+
+@buffers.same(
+    "`InstanceNorm` with running statistics", make=as_image(lambda c: nn.InstanceNorm1d(c, track_running_stats=True), 3)
+)
+def test_instance_norm_with_statistics(model):
+    return train(model), train(model.eval())
+
+
+@buffers.same(
+    "`LayerNorm`, `GroupNorm`, `RMSNorm`",
+    make=after_linear(lambda w: nn.Sequential(nn.LayerNorm(w), nn.GroupNorm(2, w), nn.RMSNorm(w))),
+)
+def test_other_norms(model):
+    return train(model)
+
+
+class Counter(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.linear(x)) * self.calls
+
+
+@buffers.same("a buffer that the block counts up in place, and uses", make=Counter)
+def test_counter_buffer(model):
+    return train(model), train(model)
+
+
+class Replaced(Counter):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        return torch.tanh(self.linear(x)) * self.calls
+
+
+@buffers.works(
+    "a buffer that the block replaces (`self.calls = self.calls + 1`)",
+    bug="wrong gradient: it counts twice, and the second run uses the later value",
+)
+def test_replaced_buffer():
+    def run(policy):
+        torch.manual_seed(0)
+        model = ReversibleSequential(Replaced(WIDTH), Replaced(WIDTH), policy=policy).double()
+        return [*train(model), *model.buffers()]
+
+    equal_or_refused(run)
+
+
+class Codebook(nn.Module):
+    """Vector quantisation with a codebook kept by a moving average, as VQ-VAE has it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.codes: Tensor
+        self.register_buffer("codes", torch.randn(5, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        nearest = torch.cdist(h, self.codes).argmin(1)
+        out = h + (self.codes[nearest] - h).detach() * h.abs()
+        if self.training:
+            with torch.no_grad():
+                self.codes[nearest] = 0.9 * self.codes[nearest] + 0.1 * h
+        return out
+
+
+@buffers.same("a codebook kept by a moving average (VQ-VAE)", make=Codebook)
+def test_codebook(model):
+    return train(model), train(model)
+
+
+@buffers.refuses("`inverse` of a block that draws random numbers", revcore.InversionError, "draws random numbers")
+def test_inverse_refuses_dropout(refused):
+    model = ReversibleSequential(*[Statistics(WIDTH) for _ in range(3)]).double()
+    state = torch.get_rng_state()
+    with refused:
+        model.inverse(make_input().detach())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@buffers.works("`inverse` moves no buffer")
+def test_inverse_moves_no_buffer():
+    model = ReversibleSequential(*[Statistics(WIDTH) for _ in range(3)]).double()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    y = model(make_input().detach())
+    before = [b.clone() for b in model.buffers()]
+    model.inverse(y)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+class Stateful(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.calls = nn.Linear(width, width), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(self.linear(x)) / self.calls
+
+
+@buffers.works(
+    "a block keeps state in a plain attribute (`self.calls += 1`), and uses it",
+    bug="wrong gradient: it counts twice, and the second run uses the later value",
+)
+def test_stateful_attribute():
+    def run(policy):
+        torch.manual_seed(0)
+        model = ReversibleSequential(Stateful(WIDTH), Stateful(WIDTH), policy=policy).double()
+        return [*train(model), torch.tensor([b.calls for b in model])]
+
+    equal_or_refused(run)
+
+
+class Rotary(nn.Module):
+    """Makes its tables in the first call and keeps them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear, self.table = nn.Linear(width, width), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None:
+            self.table = torch.outer(torch.arange(len(x)), torch.linspace(0, 1, x.shape[1])).to(x).cos()
+        return torch.tanh(self.linear(x) * self.table)
+
+
+@buffers.same("a block makes a table in its first call and keeps it (rotary embeddings)", make=Rotary)
+def test_lazy_table(model):
+    return train(model), train(model)
+
+
+class LeavesActivation(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = torch.tanh(self.linear(x))
+        return self.last * 2
+
+
+@buffers.same("a block leaves an activation on `self`, and the loss uses it", make=LeavesActivation)
+def test_activation_on_self(model):
+    x = make_input()
+    y = model(x)
+    (y.pow(2).sum() + sum(b.last.sin().sum() for b in model)).backward()
+    return x.grad
