@@ -16,7 +16,8 @@ The other libraries are not needed. Those that are installed take part:
     pip install --no-deps revlib==1.7.2 memcnn==1.5.2 revtorch==0.2.4 reformer-pytorch==1.4.4
 
 (--no-deps, since what they ask for beside torch serves parts that are not used here, and memcnn's torchvision might
-bring another torch along.) Close other programs first: a shared core shows in the quartiles.
+bring another torch along.) Close other programs first: a shared core shows in the quartiles. Where one must be shared,
+set OMP_WAIT_POLICY=PASSIVE, or threads that wait for each other in busy loops take ten times as long.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--workload", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--depths", nargs="+", type=int, help="blocks, for memory against depth (4 8 16 32 64)")
     parser.add_argument("--time-depth", type=int, help="blocks, for everything else (32)")
-    parser.add_argument("--rounds", type=int, help="turns of each way (15)")
+    parser.add_argument("--rounds", type=int, help="turns of each way (11)")
     parser.add_argument("--only", default="", metavar="TEXT", help="ways whose name has TEXT in it, and store-all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="toy sizes, depth 4 and 8, 2 rounds")
@@ -200,7 +201,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     quick = options.quick
     options.depths = options.depths or ([4, 8] if quick else [4, 8, 16, 32, 64])
     options.time_depth = options.time_depth or (8 if quick else 32)
-    options.rounds = options.rounds or (2 if quick else 15)
+    options.rounds = options.rounds or (2 if quick else 11)
     if any(depth < 2 or depth % 2 for depth in (*options.depths, options.time_depth)):
         parser.error("the other libraries take blocks in pairs: depths must be even, and at least 2")
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -225,8 +225,6 @@ def interleaved(
 
     A turn is as many steps as last ``least`` seconds.
     """
-    for step in steps.values():  # fill caches
-        where.seconds(step, 1)
     repeats = {name: max(1, round(least / where.seconds(step, 1))) for name, step in steps.items()}
     order, seconds = list(steps), {name: [] for name in steps}
     shuffle = random.Random(0).shuffle
