@@ -225,7 +225,7 @@ def main(arguments: Sequence[str]) -> None:
     if FRONTIER in found:
         pictures.frontier(options.out / f"{stem}-frontier.png", found[FRONTIER])
         shown.append(f"![Time against memory]({stem}-frontier.png)")
-    if any(one.by_depth for one in found.values()):
+    if any(one.by_depth and not one.workload.trivial for one in found.values()):
         pictures.memory(options.out / f"{stem}-memory.png", found)
         shown.append(f"![Memory against depth]({stem}-memory.png)")
     path = options.out / f"{stem}.md"
