@@ -182,7 +182,6 @@ def test_export(model):
     "`torch.export` with a free batch size",
     settings=REVERSE,
     make=block,
-    bug="`TypeError` from the check of shapes, which hashes them",
 )
 def test_export_with_a_free_batch(model):
     batch = torch.export.Dim("batch", min=2)
@@ -211,7 +210,6 @@ def test_make_fx_of_a_step(model):
     "`torch.jit.trace`",
     settings=REVERSE,
     make=block,
-    bug="`SpecError` from the check of shapes, which hashes them",
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore:Converting a tensor to a Python")
 def test_jit_trace(model):
