@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,42 +41,57 @@ def from_host(held: Held) -> Tensor:
 
 
 class Kept:
-    """The results of one block's chosen operations, in the order of its operations; ``None`` for one not chosen."""
+    """The results of one block's chosen operations: by operator, in order; ``None`` for one not chosen.
+
+    A queue for each operator, so that what a hook computes in the first run only shifts no other operator's results.
+    """
 
     __slots__ = ("offload", "results", "selects")
 
     def __init__(self, recompute: Any, offload: bool) -> None:
         self.selects = _selector(recompute)
         self.offload = offload
-        self.results: list[_Result | None] = []
+        self.results: dict[Any, list[_Result | None]] = {}
 
     def first(self, devices: tuple[torch.device, ...]) -> TorchDispatchMode:
         """The mode of the block's first run."""
         return _First(self, devices)
 
-    def again(self, devices: tuple[torch.device, ...]) -> TorchDispatchMode:
-        """The mode of its second run, which may be repeated."""
-        return _Again(self, devices)
+    @contextlib.contextmanager
+    def again(self, devices: tuple[torch.device, ...], index: int) -> Iterator[None]:
+        """Surround the block's second run, which may be repeated."""
+        mode = _Again(self, devices)
+        with mode:
+            yield
+        for operator, results in self.results.items():
+            if mode.calls[operator] != len(results):
+                raise InversionError(
+                    f"block of step {index} ran {operator} {mode.calls[operator]} times the second time and "
+                    f"{len(results)} times the first, and recompute= keeps its results: it must do the same on the "
+                    "same input"
+                )
 
     def settle(self, index: int) -> None:
         """Call it after the first run: refuse results that were changed in place."""
-        for result in self.results:
-            if result is None:
-                continue
-            if result.versions != [t._version for t in result.tensors if isinstance(t, Tensor)]:
-                raise SpecError(
-                    f"block of step {index} changed the result of {result.operation} in place, and recompute= asks to "
-                    "keep it: use the form that is not in place, or do not keep that operation"
-                )
-            result.store(self.offload)
+        self.results = {operator: results for operator, results in self.results.items() if any(results)}
+        for operator, results in self.results.items():
+            for result in results:
+                if result is None:
+                    continue
+                if result.versions != [t._version for t in result.tensors if isinstance(t, Tensor)]:
+                    raise SpecError(
+                        f"block of step {index} changed the result of {operator} in place, and recompute= asks to "
+                        "keep it: use the form that is not in place, or do not keep that operation"
+                    )
+                result.store(self.offload)
 
 
 class _Result:
-    __slots__ = ("held", "operation", "random", "spec", "tensors", "versions")
+    __slots__ = ("held", "random", "spec", "tensors", "versions")
 
-    def __init__(self, operation: str, out: Any, random: replay.RandomState | None) -> None:
+    def __init__(self, out: Any, random: replay.RandomState | None) -> None:
         leaves, self.spec = pytree.tree_flatten(out)
-        self.operation, self.random = operation, random
+        self.random = random
         # below autograd, an alias has a version of its own unless one asks for the shared one
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
             self.tensors: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
@@ -110,39 +127,43 @@ class _First(_Mode):
         before = replay.random_state(self.devices) if draws else None
         out = func(*args, **kwargs)
         result = None
-        if self.kept.selects(out, func, *args, **kwargs):
+        # one that writes into its arguments has to do so again
+        if self.kept.selects(out, func, *args, **kwargs) and not _is_mutable(func):
             # what is drawn after an operation that is not run again must be drawn from where that one left off
             after = replay.random_state(self.devices) if draws else None
-            result = _Result(str(func), out, after if after != before else None)
-        self.kept.results.append(result)
+            result = _Result(out, after if after != before else None)
+        self.kept.results.setdefault(func, []).append(result)
         return out
 
 
 class _Again(_Mode):
     def __init__(self, kept: Kept, devices: tuple[torch.device, ...]) -> None:
         super().__init__(kept, devices)
-        self.results = iter(kept.results)
+        self.calls: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in SAC_IGNORED_OPS:
+        results = self.kept.results.get(func)
+        if results is None:
             return func(*args, **(kwargs or {}))
-        result = next(self.results, None)
+        call = self.calls[func]
+        self.calls[func] += 1
+        result = results[call] if call < len(results) else None
         if result is None:
             return func(*args, **(kwargs or {}))
-        if result.operation != str(func):
-            raise InversionError(
-                f"a block ran {func} the second time where it ran {result.operation} the first: it must do the same "
-                "on the same input"
-            )
         if result.random is not None:
             replay.set_random_state(self.devices, result.random)
         return result.value()
 
 
+def _is_mutable(operator: Any) -> bool:
+    schema = getattr(operator, "_schema", None)  # an operator of higher order has none
+    return schema is not None and schema.is_mutable
+
+
 def _selector(recompute: Any) -> Callable[..., bool]:
     """Return the function that says of an operation's output, the operation and its arguments whether to keep it."""
     if callable(recompute):
-        return lambda out, func, *args, **kwargs: _is_save(recompute(_context(out), func, *args, **kwargs))
+        return lambda out, func, /, *args, **kwargs: _is_save(recompute(_context(out), func, *args, **kwargs))
     for operator in recompute:
         if not isinstance(operator, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
             raise SpecError(
@@ -150,7 +171,7 @@ def _selector(recompute: Any) -> Callable[..., bool]:
                 "torch.ops.aten.mm.default"
             )
     operators = frozenset(recompute)
-    return lambda out, func, *args, **kwargs: func in operators
+    return lambda out, func, /, *args, **kwargs: func in operators
 
 
 def _context(out: Any) -> SelectiveCheckpointContext:

@@ -306,7 +306,7 @@ class Tape:
     def _evaluate_again(self, frame: Frame, streams: Sequence[Tensor], arguments: Arguments) -> Any:
         if frame.kept is None:
             return frame.call.evaluate(streams, arguments)[0]
-        with frame.kept.again(self.devices):
+        with frame.kept.again(self.devices, frame.call.index):
             f, _ = frame.call.evaluate(streams, arguments)
         if not _keeps_graph():
             frame.kept = None

@@ -44,7 +44,6 @@ def test_forward_hooks(model):
 @hooks.same(
     "forward hooks that compute something in the first run only, with operations kept (`Reverse(recompute=[…])`)",
     settings=KEPT,
-    bug="`InversionError`: kept results are counted off over all operations",
 )
 def test_forward_hooks_with_operations_kept(model):
     return first_run_hooks(model)

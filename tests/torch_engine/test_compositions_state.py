@@ -179,7 +179,6 @@ def test_statistics(model):
     "spectral norm with operations kept (`Reverse(recompute=[…])`)",
     make=Statistics,
     settings=KEPT,
-    bug="`TypeError`: an operation has an argument named `out`",
 )
 def test_statistics_with_operations_kept(model):
     return train(model)
