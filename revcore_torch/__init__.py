@@ -8,14 +8,17 @@ torch.Size([2, 16])
 
 from __future__ import annotations
 
-from revcore.policy import Checkpoint, Reverse, StoreAll
+from revcore.policy import Checkpoint, MemoryBudget, Reverse, StoreAll
 from revcore_torch.functional import inverse, reversible
 from revcore_torch.modules import ReversibleSequential, check_inverse
 from revcore_torch.neutral import from_neutral, to_neutral
+from revcore_torch.planner import Plan, plan
 from revcore_torch.replay import is_recomputing
 
 __all__ = [
     "Checkpoint",
+    "MemoryBudget",
+    "Plan",
     "Reverse",
     "ReversibleSequential",
     "StoreAll",
@@ -23,6 +26,7 @@ __all__ = [
     "from_neutral",
     "inverse",
     "is_recomputing",
+    "plan",
     "reversible",
     "to_neutral",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,7 +99,9 @@ def faking(what: str, device: str = "cpu") -> Iterator[Fakes]:
     state = random.getstate()
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a function may close over real tensors
     try:
-        with _disable_current_modes(), torch.compiler.set_stance("force_eager"), mode:
+        # what is compiled would compile anew for fakes; without dynamo loaded (which takes seconds), nothing is
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+        with _disable_current_modes(), eager, mode:
             yield Fakes(mode, there)
     except (*_DATA_NEEDED, *_NO_FAKE) as error:
         why = "needs the data" if isinstance(error, _DATA_NEEDED) else "has no fake implementation"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 from revcore.checks import check_blocks, check_has_inverse, check_program, check_streams
 from revcore.errors import InversionError, SpecError
 from revcore.laws import InverseReport, relative_error
-from revcore.policy import Policy, Reverse, check_policy
+from revcore.policy import MemoryBudget, Policy, Reverse, StoreAll, check_policy
 from revcore.program import Program
 from revcore.step import Anchor, Couple
-from revcore_torch import replay
+from revcore_torch import budget, replay
 from revcore_torch.steps import Arguments, Call, is_tensor, make_calls
-from revcore_torch.tape import run
+from revcore_torch.tape import _can_record, run
 
 Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
 
@@ -62,9 +62,28 @@ def reversible(
     >>> torch.allclose(x.grad, 2 + torch.cos(x) - torch.sin(x + torch.sin(x)) * (1 + torch.cos(x)))
     True
     """
-    program, blocks, streams, arguments = _check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
-    streams, aux = run(program, blocks, streams, arguments, check_policy(policy))
-    result = tuple(streams[i] for i in program.output)
+    return joined(program, blocks, streams, args, kwargs, layerwise_args_kwargs, policy)
+
+
+def joined(
+    program: Program,
+    blocks: Sequence[Any],
+    given: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    layerwise: Layerwise,
+    policy: Policy,
+    split: Callable[[Any], Any] = lambda streams: streams,
+    join: Callable[[Any], Any] = lambda streams: streams,
+) -> Any:
+    """:func:`reversible` on the streams that ``split`` makes of ``given``; ``join`` makes one output of the last."""
+    program, blocks, streams, arguments = _check(program, blocks, split(given), args, kwargs, layerwise)
+    policy = check_policy(policy)
+    if isinstance(policy, MemoryBudget):
+        recorded = _can_record()
+        policy = budget.choose(policy, program, blocks, given, arguments, split, join) if recorded else StoreAll()
+    streams, aux = run(program, blocks, streams, arguments, policy)
+    result = join(tuple(streams[i] for i in program.output))
     return (result, aux) if any(aux) else result
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 
 class LiveBytes(TorchDispatchMode):
@@ -57,3 +58,29 @@ class LiveBytes(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
+
+
+class Meter(LiveBytes):
+    """Counts work, too.
+
+    Attributes:
+        flops: of the operations that PyTorch has a formula for (as ``torch.utils.flop_counter``): products of matrices,
+            convolutions, attention.
+        made: the bytes of all tensors that were made.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+    def _see(self, leaf: Any, counts: bool) -> None:
+        before = self.live
+        super()._see(leaf, counts)
+        self.made += self.live - before

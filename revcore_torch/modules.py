@@ -17,7 +17,7 @@ from revcore.errors import SpecError
 from revcore.laws import InverseReport
 from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program
-from revcore_torch.functional import Layerwise, inverse, inverse_report, reversible
+from revcore_torch.functional import Layerwise, inverse, inverse_report, joined
 
 CouplingFunction = Callable[[Any, Any], Any]
 
@@ -114,18 +114,17 @@ class ReversibleSequential(nn.Sequential):
         ``*args`` and ``**kwargs`` go to every block after its source; ``layerwise_args_kwargs`` holds one more
         ``(args, kwargs)`` pair for each block. ``aux`` is a list with one tuple for each block.
         """
-        result = reversible(
+        return joined(
             self.program,
             tuple(self),
-            self.split(input),
-            *args,
-            layerwise_args_kwargs=layerwise_args_kwargs,
-            policy=self.policy,
-            **kwargs,
+            input,
+            args,
+            kwargs,
+            layerwise_args_kwargs,
+            self.policy,
+            self.split,
+            self.merge,
         )
-        if isinstance(result[0], tuple):
-            return self.merge(result[0]), result[1]
-        return self.merge(result)
 
     def inverse(self, output: Tensor, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Tensor:
         """Return the input that :meth:`forward` made ``output`` of.
