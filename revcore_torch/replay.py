@@ -175,6 +175,11 @@ class Buffers:
         """Whether the block changed any."""
         return bool(self._statistics or self._before)
 
+    @property
+    def changing(self) -> list[Tensor]:
+        """The buffers that the block changes."""
+        return [*self._statistics, *(b for b, _ in self._before)]
+
     def as_now(self) -> contextlib.AbstractContextManager[None]:
         """Let the block run meanwhile, and afterwards put back what is there now."""
         self._before = [(b, old) for b, _, old in self._watched]
@@ -183,7 +188,7 @@ class Buffers:
     @contextlib.contextmanager
     def as_before(self) -> Iterator[None]:
         """Give the block the buffers it had, and afterwards put back what is there now, in place."""
-        changing = [*self._statistics, *(b for b, _ in self._before)]
+        changing = self.changing
         now = [b.detach().clone() for b in changing]
         # through .data: a restored value is no change that autograd should count
         for buffer, old in self._before:
@@ -244,3 +249,86 @@ def _identity(parameter: Tensor | None) -> tuple[int, int]:
     if type(parameter) is not nn.Parameter and (parameter is None or hasattr(parameter, "device_mesh")):
         return (id(None) if parameter is None else _NOBODY), 0
     return id(parameter), parameter._version
+
+
+# --- what a block's graph saves ---------------------------------------------------------------------------------------
+
+Meta = tuple[torch.Size, torch.dtype]
+
+
+class Live:
+    """What a block's first run saved, while it runs, and the version that each tensor had then."""
+
+    __slots__ = ("tensors", "versions")
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
+
+    def take(self, k: int) -> Tensor:
+        tensor = self.tensors[k]
+        if tensor._version != self.versions[k]:
+            raise InversionError("a block changed a tensor in place that its own gradient needs, and then asked for it")
+        return tensor
+
+
+class Saved:
+    """What the tensors were that a block's first run saved, none of which is kept: form, memory and version.
+
+    Autograd checks no versions where hooks are, so it is done here: what the plain network would refuse when the
+    gradient asks for it becomes the words of an error at the tensor's place (T7).
+    """
+
+    __slots__ = ("_changed", "_memory", "_versions", "metas")
+
+    def __init__(self, live: Live) -> None:
+        self.metas: list[Meta] = [(t.shape, t.dtype) for t in live.tensors]
+        self._memory = [_memory(t) for t in live.tensors]
+        self._versions = live.versions
+        self._changed = _differing([t._version for t in live.tensors], live.versions)
+
+    def check(self, index: int, collected: list[Any], leaves: Sequence[Tensor], buffers: Buffers) -> None:
+        """Compare with them what the second run saved; streams and changing buffers are put in place for it."""
+        metas = [(t.shape, t.dtype) for t in collected]
+        if metas != self.metas:
+            raise InversionError(
+                f"block of step {index} ran differently the second time: {_difference(metas, self.metas)}. It must do "
+                "the same on the same input: look for a branch on outside state (a counter, a cache, training mode "
+                "switched between forward and backward), or use policy=StoreAll()"
+            )
+        for k in _differing([t._version for t in collected], self._versions):
+            memory = self._memory[k]
+            # what a block makes itself has the same version both times; it may lie where something else lay before
+            if k in self._changed:
+                problem = "changed a tensor in place that its own gradient needs ({}): use the other form"
+            elif memory == _memory(collected[k]) and memory not in map(_memory, (*leaves, *buffers.changing)):
+                problem = (
+                    "uses a tensor from outside that was changed in place after the forward pass ({}): call backward "
+                    "before that, or change a clone"
+                )
+            else:
+                continue
+            collected[k] = f"block of step {index} {problem.format(f'saved tensor {k}, {_describe(metas[k])}')}"
+
+
+def _differing(now: list[int], then: list[int]) -> list[int]:
+    return [] if now == then else [k for k, (a, b) in enumerate(zip(now, then, strict=True)) if a != b]
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return which memory a tensor lies in; 0 for one that has none of its own (a sparse one, some subclasses)."""
+    try:
+        return torch._C._storage_id(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+def _difference(now: list[Meta], then: list[Meta]) -> str:
+    if len(now) != len(then):
+        return f"it saved {len(now)} tensors, and {len(then)} the first time"
+    k = next(k for k, (a, b) in enumerate(zip(now, then, strict=True)) if a != b)
+    return f"saved tensor {k} is {_describe(now[k])}, and was {_describe(then[k])}"
+
+
+def _describe(meta: Meta) -> str:
+    return f"{str(meta[1]).removeprefix('torch.')}{tuple(meta[0])}"

@@ -27,14 +27,13 @@ from revcore_torch import detect, replay
 from revcore_torch.keep import Kept, from_host, to_host
 from revcore_torch.steps import Arguments, Call, Streams, make_calls, run_plain, version
 
-Meta = tuple[torch.Size, torch.dtype]
 Handle = tuple[int, int]
 
 
 class Frame:
     """What the tape remembers of one step: no tensor of the streams' size."""
 
-    __slots__ = ("buffers", "call", "coupling_saved", "kept", "layout", "live", "metas", "parameters", "random")
+    __slots__ = ("buffers", "call", "coupling_saved", "kept", "layout", "live", "parameters", "random", "saved")
 
     def __init__(self, call: Call, streams: Sequence[Tensor]) -> None:
         self.call = call
@@ -43,11 +42,11 @@ class Frame:
         self.parameters = replay.Parameters(modules)
         self.buffers = replay.Buffers(modules)
         self.random: replay.RandomState | None = None
-        self.metas: list[Meta] = []
+        self.saved: replay.Saved
         self.coupling_saved = False
         self.kept: Kept | None = None
         # while the block runs for the first time: it may differentiate inside itself, and then asks for them
-        self.live: list[Tensor] | None = None
+        self.live: replay.Live | None = None
 
     def leaves(self, streams: Sequence[Tensor], which: Sequence[int] | None = None) -> list[Tensor]:
         """Return the streams as the step met them: leaves of a graph, with its flags and strides.
@@ -137,7 +136,7 @@ class Tape:
         frame, index = Frame(call, streams), len(self.frames)
         self.frames.append(frame)
         first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
-        frame.live = live = []
+        frame.live = live = replay.Live()
         with saved_tensors_hooks(_Pack(index, live), self.unpack):
             if self.recompute is None:
                 f, aux = call.evaluate(streams, arguments)
@@ -146,15 +145,15 @@ class Tape:
                 with frame.kept.first(self.devices):
                     f, aux = call.evaluate(streams, arguments)
                 frame.kept.settle(call.index)
-            by_block = len(live)
+            by_block = len(live.tensors)
             detect.warn_once(call.index, call.block, f, first_node)
             streams = call.merge(streams, f)
-        frame.metas = [(t.shape, t.dtype) for t in live]
-        frame.coupling_saved = len(live) > by_block
+        frame.saved = replay.Saved(live)
+        frame.coupling_saved = len(live.tensors) > by_block
         frame.live = None
-        live.clear()
+        live.tensors.clear()
         frame.buffers.settle()
-        if frame.metas:
+        if frame.saved.metas:
             # Invariant T3. A step that saved nothing is never asked for, and its grad_fn may be another step's.
             changed = (streams[call.step.target],) if isinstance(call.step, Couple) else streams
             for stream in changed:
@@ -181,7 +180,7 @@ class Tape:
         index, k = handle
         live = self.frames[index].live
         if live is not None:
-            return live[k]
+            return live.take(k)
         walk = self.current
         if walk is None or walk.task != _task():
             with self._walking() as walk:
@@ -195,6 +194,8 @@ class Tape:
                 self._rebuild(walk, index)
             saved = walk.saved[index]
         tensor, saved[k] = saved[k], None
+        if isinstance(tensor, str):
+            raise InversionError(tensor)
         return tensor
 
     def ensure(self, index: int) -> None:
@@ -265,24 +266,27 @@ class Tape:
             self._redo(walk, index, streams)
             return streams
         collected: list[Any] = []
+        leaves = frame.leaves(streams, step.sources)
         with self._replaying(frame, collected):
-            f = self._evaluate_again(frame, frame.leaves(streams, step.sources), arguments)
+            f = self._evaluate_again(frame, leaves, arguments)
             with torch.no_grad():
                 streams = call.undo(streams, _detached(f), arguments)
             if frame.coupling_saved:
-                call.merge(frame.leaves(streams), f)
-        self._hold(walk, index, collected)
+                rebuilt = frame.leaves(streams)
+                call.merge(rebuilt, f)
+                leaves += rebuilt
+        self._hold(walk, index, collected, leaves)
         return streams
 
     def _redo(self, walk: Pass, index: int, streams: Streams) -> Streams:
         """Return the streams after step ``index``, given those before it; collect what its graph saves."""
         frame = self.frames[index]
         collected: list[Any] = []
+        leaves = frame.leaves(streams)
         with self._replaying(frame, collected):
-            leaves = frame.leaves(streams)
             f = self._evaluate_again(frame, leaves, walk.arguments)
             after = frame.call.merge(leaves, f)
-        self._hold(walk, index, collected)
+        self._hold(walk, index, collected, leaves)
         return tuple(t.detach() for t in after)
 
     @contextlib.contextmanager
@@ -312,31 +316,25 @@ class Tape:
             frame.kept = None
         return f
 
-    def _hold(self, walk: Pass, index: int, collected: list[Any]) -> None:
+    def _hold(self, walk: Pass, index: int, collected: list[Any], leaves: list[Tensor]) -> None:
         """Keep the collected tensors for the nodes, if they are what the first run saved (T7)."""
         frame = self.frames[index]
-        metas = [(t.shape, t.dtype) for t in collected]
-        if metas != frame.metas:
-            raise InversionError(
-                f"block of step {frame.call.index} ran differently the second time: "
-                f"{_difference(metas, frame.metas)}. It must do the same on the same input: look for a branch on "
-                "outside state (a counter, a cache, training mode switched between forward and backward), or use "
-                "policy=StoreAll()"
-            )
+        frame.saved.check(frame.call.index, collected, leaves, frame.buffers)
         walk.saved[index] = collected
 
 
 class _Pack:
     """The pack hook of a step's first run: keeps nothing but form (T1)."""
 
-    __slots__ = ("index", "live")
+    __slots__ = ("index", "tensors", "versions")
 
-    def __init__(self, index: int, live: list[Tensor]) -> None:
-        self.index, self.live = index, live
+    def __init__(self, index: int, live: replay.Live) -> None:
+        self.index, self.tensors, self.versions = index, live.tensors, live.versions
 
     def __call__(self, tensor: Tensor) -> Handle:
-        self.live.append(tensor)
-        return self.index, len(self.live) - 1
+        self.tensors.append(tensor)
+        self.versions.append(tensor._version)
+        return self.index, len(self.versions) - 1
 
 
 class _Collect:
@@ -464,14 +462,3 @@ def _keeps_graph() -> bool:
 
 def _detached(f: Any) -> Any:
     return tuple(part.detach() for part in f) if isinstance(f, tuple) else f.detach()
-
-
-def _difference(now: list[Meta], then: list[Meta]) -> str:
-    if len(now) != len(then):
-        return f"it saved {len(now)} tensors, and {len(then)} the first time"
-    k = next(k for k, (a, b) in enumerate(zip(now, then, strict=True)) if a != b)
-    return f"saved tensor {k} is {_describe(now[k])}, and was {_describe(then[k])}"
-
-
-def _describe(meta: Meta) -> str:
-    return f"{str(meta[1]).removeprefix('torch.')}{tuple(meta[0])}"
