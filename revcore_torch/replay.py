@@ -300,7 +300,9 @@ class Saved:
             memory = self._memory[k]
             # what a block makes itself has the same version both times; it may lie where something else lay before
             if k in self._changed:
-                problem = "changed a tensor in place that its own gradient needs ({}): use the other form"
+                problem = (
+                    "changed a tensor in place that its own gradient needs ({}): use the form that is not in place"
+                )
             elif memory == _memory(collected[k]) and memory not in map(_memory, (*leaves, *buffers.changing)):
                 problem = (
                     "uses a tensor from outside that was changed in place after the forward pass ({}): call backward "

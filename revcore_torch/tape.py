@@ -88,6 +88,8 @@ class Tape:
         self.recompute, self.offload = segment.recompute, segment.offload
         self.frames: list[Frame] = []
         self.node: weakref.ref[Any] | None = None
+        # what a pass with create_graph=True left for those over the gradient's graph, in which the node is not
+        self.left: list[tuple[Tensor, int]] = []
         self.current: Pass | None = None
         # T8: tensors stay with the graph; the tape keeps their places
         leaves, self.spec = arguments.flat
@@ -222,19 +224,35 @@ class Tape:
             self.current = None
 
     def _begin(self, task: int) -> Pass:
-        node = self.node() if self.node is not None else None
-        if node is None:
-            raise InversionError(
-                "a gradient was asked of a tensor inside a reversible network whose outputs are gone, and the rebuild "
-                "starts from them: keep the outputs until after the backward pass, or use policy=StoreAll()"
-            )
-        kept: tuple[Tensor, ...] = node.saved_tensors
+        kept = self._kept()
+        if task != -1:
+            if torch.is_grad_enabled():
+                self.left = [(t.detach(), t._version) for t in kept]
+            elif not _keeps_graph():
+                self.left = []
         num_streams = len(kept) - len(self.places)
         leaves = list(self.constants)
         for i, flag, tensor in zip(self.places, self.flags, kept[num_streams:], strict=True):
             leaves[i] = tensor.detach().requires_grad_(flag)
         arguments = Arguments.unflatten(leaves, self.spec)
         return Pass(task, len(self.frames), tuple(t.detach() for t in kept[:num_streams]), arguments)
+
+    def _kept(self) -> Sequence[Tensor]:
+        """Return the tensors that the way back starts from."""
+        node = self.node() if self.node is not None else None
+        if node is not None:
+            return node.saved_tensors
+        if not self.left:
+            raise InversionError(
+                "a gradient was asked of a tensor inside a reversible network whose outputs are gone, and the rebuild "
+                "starts from them: keep the outputs until after the backward pass, or use policy=StoreAll()"
+            )
+        if any(t._version != version for t, version in self.left):
+            raise InversionError(
+                "an output or argument of a reversible network was changed in place after a backward pass with "
+                "create_graph=True, and the next one starts from it: change a clone"
+            )
+        return [t for t, _ in self.left]
 
     def _rebuild(self, walk: Pass, index: int) -> None:
         """Bring the walk to step ``index``, so that it holds that step's saved tensors."""

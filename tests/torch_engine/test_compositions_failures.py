@@ -277,6 +277,37 @@ def test_dropped_after_double_backward(policy):
     assert live_after(use, policy) == 0
 
 
+@freed.works("the same, the gradient alone being held, before and after its own backward pass")
+@POLICIES
+def test_dropped_after_double_backward_of_a_gradient_alone(policy):
+    def use(model, x):
+        (g,) = torch.autograd.grad(model(x)[0].pow(2).sum(), x, create_graph=True)
+        return g
+
+    def use_and_go_on(model, x):
+        g = use(model, x)
+        g.pow(2).sum().backward()
+        return g
+
+    assert live_after(use, policy) == 0
+    assert live_after(use_and_go_on, policy) == 0
+
+
+@freed.works("the output is held after a gradient of a gradient: no streams beside it")
+@POLICIES
+def test_output_held_after_double_backward(policy):
+    model = ReversibleSequential(*[block() for _ in range(4)], policy=policy).double()
+    x = make_input()
+    with LiveBytes() as memory:
+        y = model(x)
+        (g,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (g.pow(2).sum() + y.sum()).backward()
+        model.zero_grad()
+        x.grad = None
+        del g
+        assert memory.live == y.nbytes
+
+
 @freed.works("a graph is dropped after its backward pass failed")
 @POLICIES
 def test_dropped_after_a_failure(policy):
