@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
 from revcore.errors import InversionError
@@ -98,6 +99,19 @@ def random_state_as(devices: tuple[torch.device, ...], states: RandomState) -> I
         set_random_state(devices, before)
 
 
+def check_random_state(devices: tuple[torch.device, ...], states: tuple[RandomState, RandomState], index: int) -> None:
+    """Refuse a second run that did not go from the first of ``states`` to the last.
+
+    One that drew nothing is right: what moved the generators meanwhile was no draw of the block's.
+    """
+    if random_state(devices) not in states:
+        raise InversionError(
+            f"block of step {index} drew other random numbers the second time: another thread drew from the same "
+            "generator meanwhile (give it a torch.Generator of its own), a hook drew in one of the two runs only, or a "
+            "lazy module drew its first weights (run the model once under torch.no_grad() before)"
+        )
+
+
 # --- autocast ---------------------------------------------------------------------------------------------------------
 
 AutocastState = tuple[tuple[str, bool, torch.dtype, bool], ...]
@@ -150,8 +164,9 @@ class Buffers:
             if isinstance(module, _NormBase):
                 self._statistics += buffers if module.training else []
             else:
-                self._watched += [(b, b._version, b.detach().clone()) for b in buffers if not b.is_inference()]
-        self._old_statistics = [b.detach().clone() for b in self._statistics]
+                usual = [b for b in buffers if not is_lazy(b) and not b.is_inference()]
+                self._watched += [(b, b._version, b.detach().clone()) for b in usual]
+        self._old_statistics = [None if is_lazy(b) else b.detach().clone() for b in self._statistics]
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def settle(self) -> None:
@@ -164,7 +179,8 @@ class Buffers:
         """Undo what the block did: a later one failed, or it did itself."""
         self.settle()
         for buffer, old in (*zip(self._statistics, self._old_statistics, strict=True), *self._before):
-            buffer.data.copy_(old)
+            if old is not None:
+                buffer.data.copy_(old)
 
     def keep(self) -> None:
         """Say that nothing will be taken back; the second run needs no old statistics."""
@@ -226,7 +242,7 @@ class Parameters:
                 )
         for place, name, who, version in self._places:
             now, now_version = _identity(place.get(name))
-            if (now == who and now_version == version) or now == _NOBODY or who == _NOBODY:
+            if (now == who and version in (now_version, _UNBORN)) or now == _NOBODY or who == _NOBODY:
                 continue
             if now != who:
                 cause = (
@@ -243,11 +259,15 @@ class Parameters:
 
 
 _NOBODY = 0
+_UNBORN = -1  # the version of a lazy module's parameter before the first run, which makes it
 
 
 def _identity(parameter: Tensor | None) -> tuple[int, int]:
-    if type(parameter) is not nn.Parameter and (parameter is None or hasattr(parameter, "device_mesh")):
-        return (id(None) if parameter is None else _NOBODY), 0
+    if type(parameter) is not nn.Parameter:
+        if parameter is None or hasattr(parameter, "device_mesh"):
+            return (id(None) if parameter is None else _NOBODY), 0
+        if is_lazy(parameter):
+            return id(parameter), _UNBORN
     return id(parameter), parameter._version
 
 

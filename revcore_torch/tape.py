@@ -41,7 +41,8 @@ class Frame:
         modules = replay.modules_of(call.block)
         self.parameters = replay.Parameters(modules)
         self.buffers = replay.Buffers(modules)
-        self.random: replay.RandomState | None = None
+        # of before and after: where one step's ends, the next one's begins, so it is one more in all
+        self.random: tuple[replay.RandomState, replay.RandomState] | None = None
         self.saved: replay.Saved
         self.coupling_saved = False
         self.kept: Kept | None = None
@@ -118,7 +119,7 @@ class Tape:
         for call in calls:
             streams, extra = self._first(call, streams, arguments)
             random, before = replay.random_state(self.devices), random
-            self.frames[-1].random = before if before != random else None
+            self.frames[-1].random = (before, random) if before != random else None
             if call.step.block:
                 aux.append(extra)
         if versions != [version(t) for t in tensors]:
@@ -313,7 +314,7 @@ class Tape:
         frame.parameters.check(frame.call.index)
         with contextlib.ExitStack() as stack:
             if frame.random is not None:
-                stack.enter_context(replay.random_state_as(self.devices, frame.random))
+                stack.enter_context(replay.random_state_as(self.devices, frame.random[0]))
             if replay.autocast_state(self.devices) != self.autocast:
                 stack.enter_context(replay.autocast_as(self.devices, self.autocast))
             if frame.buffers.moved:
@@ -326,11 +327,12 @@ class Tape:
                 yield
 
     def _evaluate_again(self, frame: Frame, streams: Sequence[Tensor], arguments: Arguments) -> Any:
-        if frame.kept is None:
-            return frame.call.evaluate(streams, arguments)[0]
-        with frame.kept.again(self.devices, frame.call.index):
+        index = frame.call.index
+        with frame.kept.again(self.devices, index) if frame.kept is not None else contextlib.nullcontext():
             f, _ = frame.call.evaluate(streams, arguments)
-        if not _keeps_graph():
+        if frame.random is not None:
+            replay.check_random_state(self.devices, frame.random, index)
+        if frame.kept is not None and not _keeps_graph():
             frame.kept = None
         return f
 
