@@ -149,17 +149,19 @@ class Buffers:
     """The buffers that a block changes when it runs, and their values from before.
 
     Batch statistics are listed by kind, for ``native_batch_norm`` changes them without a trace; all others by
-    whether their version moved.
+    whether their version moved; and those that the block replaced, by what lies in their place.
     """
 
-    __slots__ = ("_before", "_old_statistics", "_statistics", "_watched")
+    __slots__ = ("_before", "_old_statistics", "_places", "_replaced", "_statistics", "_watched")
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._statistics: list[Tensor] = []
         self._watched: list[tuple[Tensor, int, Tensor]] = []
+        self._places: list[tuple[Place, Place]] = []
         for module in modules:
             if not module._buffers:
                 continue
+            self._places.append((module._buffers, module._buffers.copy()))
             buffers = [b for b in module._buffers.values() if b is not None]
             if isinstance(module, _NormBase):
                 self._statistics += buffers if module.training else []
@@ -168,16 +170,25 @@ class Buffers:
                 self._watched += [(b, b._version, b.detach().clone()) for b in usual]
         self._old_statistics = [None if is_lazy(b) else b.detach().clone() for b in self._statistics]
         self._before: list[tuple[Tensor, Tensor]] = []
+        self._replaced: list[tuple[Place, Place]] = []
 
     def settle(self) -> None:
         """Call it after the block ran: keep the old values of those that moved, forget the rest."""
         if self._watched:
             self._before += [(b, old) for b, version, old in self._watched if b._version != version]
             self._watched = []
+        if self._places:
+            self._replaced += [
+                (place, {name: _without_graph(b) for name, b in old.items()})
+                for place, old in self._places
+                if [*map(id, place.values())] != [*map(id, old.values())]
+            ]
+            self._places = []
 
     def take_back(self) -> None:
         """Undo what the block did: a later one failed, or it did itself."""
         self.settle()
+        _put(self._replaced)
         for buffer, old in (*zip(self._statistics, self._old_statistics, strict=True), *self._before):
             if old is not None:
                 buffer.data.copy_(old)
@@ -189,7 +200,7 @@ class Buffers:
     @property
     def moved(self) -> bool:
         """Whether the block changed any."""
-        return bool(self._statistics or self._before)
+        return bool(self._statistics or self._before or self._replaced)
 
     @property
     def changing(self) -> list[Tensor]:
@@ -199,21 +210,38 @@ class Buffers:
     def as_now(self) -> contextlib.AbstractContextManager[None]:
         """Let the block run meanwhile, and afterwards put back what is there now."""
         self._before = [(b, old) for b, _, old in self._watched]
+        self._replaced = self._places
         return self.as_before()
 
     @contextlib.contextmanager
     def as_before(self) -> Iterator[None]:
         """Give the block the buffers it had, and afterwards put back what is there now, in place."""
         changing = self.changing
-        now = [b.detach().clone() for b in changing]
+        now, there = [b.detach().clone() for b in changing], [(place, place.copy()) for place, _ in self._replaced]
         # through .data: a restored value is no change that autograd should count
         for buffer, old in self._before:
             buffer.data.copy_(old)
+        _put(self._replaced)
         try:
             yield
         finally:
+            _put(there)
             for buffer, value in zip(changing, now, strict=True):
                 buffer.data.copy_(value)
+
+
+Place = dict[str, Tensor | None]
+
+
+def _put(buffers: list[tuple[Place, Place]]) -> None:
+    for place, content in buffers:
+        place.clear()
+        place.update(content)
+
+
+def _without_graph(buffer: Tensor | None) -> Tensor | None:
+    """T8: one that a block replaced may be an activation."""
+    return buffer if buffer is None or buffer.grad_fn is None else buffer.detach().requires_grad_()
 
 
 class Parameters:
