@@ -96,10 +96,17 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Choose for each step, so that the peak stays within a budget at the least recomputation.
+    """Choose for each step whether to keep it or to make it again: the peak stays within a budget, at the least work.
 
-    The peak is that of one forward and backward pass through the network alone: all that it allocates itself, over what
-    lived before the call. Parameter gradients count where ``p.grad`` is ``None``, for then the pass makes them.
+    The peak is that of one forward and backward pass through the network: all the bytes of tensors that live at once,
+    over what lived before the call. The output, held to the end, and the gradient that comes in count among them, and
+    so do parameter gradients where ``p.grad`` is ``None``, for then the pass makes them. What an allocator or a
+    kernel takes beyond tensors does not: leave it some room.
+
+    With ``held(i)`` for what step ``i`` keeps, if it is kept, and ``takes(j)`` for what step ``j`` needs for a while on
+    the way back, the choice satisfies ``Σ_{i<j} held(i) + takes(j) ≤ budget`` for every ``j``, and makes the sum of the
+    repeated steps' work as small as these estimates allow; it is checked before it is used. The first call of each kind (shapes, dtypes, gradients there or not) plans it on fake
+    tensors, which takes seconds for a deep network; the choice holds for all calls alike. PyTorch only.
 
     Args:
         bytes: the budget in bytes.

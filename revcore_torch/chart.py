@@ -70,7 +70,7 @@ def curves(path: Any, plans: Sequence[Plan], what: str) -> None:
         axis.set_ylabel("GiB at the passes' peak, beyond the model")
         axis.set_title("Peak memory by policy and depth, planned on fake tensors", fontweight="bold", pad=26)
         axis.annotate(what, (0, 1), (0, 9), "axes fraction", textcoords="offset points", color=_GREY, fontsize=10)
-        axis.legend()
+        axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1))  # beside the curves, which fill the axes
         _save(pyplot, figure, path)
 
 

@@ -2,7 +2,7 @@
 
 >>> model = ReversibleSequential(*[nn.Linear(64, 64) for _ in range(8)])
 >>> print(plan(model, torch.empty(512, 128), policies=[StoreAll(), Reverse()]))
-depth 8: parameters 130.0 KiB, gradients 0 B, optimizer 0 B; forward 0.03355 GFLOP = 1 F
+depth 8: parameters 130.0 KiB, gradients 0 B, optimizer 0 B; forward 33.55 MFLOP = 1 F
 policy           held       peak      total    work
 StoreAll()  896.0 KiB  1.250 MiB  1.377 MiB  2.88 F
 Reverse()   256.0 KiB  ...  3.88 F
@@ -87,7 +87,7 @@ class Plan:
     def __str__(self) -> str:
         fixed = {"parameters": self.parameters, "gradients": self.gradients, "optimizer": self.optimizer}
         head = ", ".join(f"{name} {in_bytes(size)}" for name, size in fixed.items())
-        return f"depth {self.depth}: {head}; forward {self.rows[0].flops / 1e9:,.4g} GFLOP = 1 F\n{self.table()}"
+        return f"depth {self.depth}: {head}; forward {in_flops(self.rows[0].flops)} = 1 F\n{self.table()}"
 
     def plot(self, path: Any) -> None:
         """Draw the table as bars into a file (PNG, SVG or PDF by its ending).
@@ -249,3 +249,15 @@ def in_bytes(size: int) -> str:
     while size >= 1000 * 1024**power and power < 5:  # four digits at the most
         power += 1
     return f"{size / 1024**power:#.4g}".rstrip(".") + f" {'KMGTP'[power - 1]}iB"
+
+
+def in_flops(number: int) -> str:
+    """Return a number of operations to read.
+
+    >>> in_flops(3_020_000_000_000)
+    '3.020 TFLOP'
+    """
+    power = 0
+    while number >= 1000 ** (power + 1) and power < 6:
+        power += 1
+    return f"{number / 1000**power:#.4g}".rstrip(".") + f" {' kMGTPE'[power].strip()}FLOP"

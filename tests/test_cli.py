@@ -221,6 +221,14 @@ def test_plan_prints_a_table_for_each_depth_and_draws(
     assert (tmp_path / "plan.png").exists()
 
 
+def test_plan_tells_what_a_budget_leads_to(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("mlp", "--depth", "4", "--width", "16", "--batch", "64")
+    assert call(monkeypatch, "plan", *sizes, "--budget", "0.8") == 0
+    assert "MemoryBudget(fraction=0.8)" in capsys.readouterr().out
+    assert call(monkeypatch, "plan", *sizes, "--budget", "1kB") == 0  # the other policies are of use still
+    assert "MemoryBudget(1000 B): MemoryBudget: the budget is 1,000 bytes, but the least" in capsys.readouterr().out
+
+
 def test_plan_takes_a_function_of_ones_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
