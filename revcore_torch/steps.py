@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revcore.checks import check_block_output, check_coupled, check_stream_outputs
@@ -79,11 +80,45 @@ class Arguments:
     def unflatten(leaves: list[Any], spec: Any) -> Arguments:
         return Arguments(*pytree.tree_unflatten(leaves, spec))
 
+    def contents(self) -> tuple[list[Any], Any]:
+        """Return all that a block could change by other means than in place, for :func:`check_contents`."""
+        given = [*self.args, *self.kwargs.values()]
+        for args, kwargs in self.layerwise or ():
+            given += [*args, *kwargs.values()]
+        given = [value for value in given if not isinstance(value, _CONSTANTS)]
+        if not given:
+            return [], None
+        leaves, spec = pytree.tree_flatten(given)
+        return leaves + [tensor for leaf in leaves for tensor in _tensors_within(leaf)], spec
+
     def of(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.layerwise is None or call.number is None:
             return self.args, self.kwargs
         args, kwargs = self.layerwise[call.number]
         return (*self.args, *args), {**self.kwargs, **kwargs}
+
+
+_CONSTANTS = (Tensor, nn.Module, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _tensors_within(value: Any, depth: int = 2) -> Iterator[Tensor]:
+    """Yield the tensors that an object holds in its attributes, such as a key-value cache."""
+    if depth and not isinstance(value, _CONSTANTS) and not callable(value):
+        for leaf in pytree.tree_leaves(getattr(value, "__dict__", {})):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            else:
+                yield from _tensors_within(leaf, depth - 1)
+
+
+def check_contents(before: tuple[list[Any], Any], now: tuple[list[Any], Any]) -> None:
+    """Refuse a forward pass in which a block put something into one of its arguments, or took something out."""
+    if before[1] != now[1] or [*map(id, before[0])] != [*map(id, now[0])]:
+        raise SpecError(
+            "a block changed what an argument holds (a list, a dict, or an object with tensors), so it would meet "
+            "another argument when it runs again: return the new value as an extra output, fill a cache before, or "
+            "use policy=StoreAll()"
+        )
 
 
 def make_calls(program: Program, blocks: Sequence[Any]) -> list[Call]:

@@ -25,7 +25,7 @@ from revcore.program import Program
 from revcore.step import Anchor, Couple
 from revcore_torch import detect, replay
 from revcore_torch.keep import Kept, from_host, to_host
-from revcore_torch.steps import Arguments, Call, Streams, make_calls, run_plain, version
+from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, run_plain, version
 
 Handle = tuple[int, int]
 
@@ -169,6 +169,8 @@ class Tape:
         for frame in reversed(self.frames):
             frame.buffers.take_back()
         replay.set_random_state(self.devices, self.random)
+        # T8: an object among them may hold this graph, and the graph the tape
+        self.constants = []
 
     def keep(self) -> None:
         """Say that nothing will be taken back."""
@@ -429,6 +431,7 @@ def run(
         [not isinstance(step, Anchor) for step in program.unrolled], policy if _can_record() else StoreAll()
     )
     tapes: list[Tape] = []
+    contents = arguments.contents()
     try:
         for segment in plan:
             here = calls[segment.start : segment.stop]
@@ -439,6 +442,8 @@ def run(
                 tapes.append(Tape(segment, streams, arguments))
                 streams, extra = tapes[-1].record(here, streams, arguments)
             aux += extra
+        if tapes:
+            check_contents(contents, arguments.contents())
     except BaseException:
         for tape in reversed(tapes):
             tape.take_back()
