@@ -22,7 +22,6 @@ from revcore_torch.tape import _can_record, run
 Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
 
 
-@torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
 def reversible(
     program: Program,
     blocks: Sequence[Any],
@@ -66,7 +65,7 @@ def reversible(
 
 
 def joined(
-    program: Program,
+    owner: Any,
     blocks: Sequence[Any],
     given: Any,
     args: tuple[Any, ...],
@@ -76,8 +75,33 @@ def joined(
     split: Callable[[Any], Any] = lambda streams: streams,
     join: Callable[[Any], Any] = lambda streams: streams,
 ) -> Any:
-    """:func:`reversible` on the streams that ``split`` makes of ``given``; ``join`` makes one output of the last."""
-    program, blocks, streams, arguments = _check(program, blocks, split(given), args, kwargs, layerwise)
+    """:func:`reversible` on the streams that ``split`` makes of ``given``; ``join`` makes one output of the last.
+
+    ``owner`` is a program, or what has one.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from revcore_torch import compiled  # loads dynamo
+
+        return compiled.joined(owner, blocks, given, args, kwargs, layerwise, policy, split, join)
+    return eager(owner, blocks, given, args, kwargs, layerwise, policy, split, join)
+
+
+@torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
+def eager(
+    owner: Any,
+    blocks: Sequence[Any],
+    given: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    layerwise: Layerwise,
+    policy: Policy,
+    split: Callable[[Any], Any],
+    join: Callable[[Any], Any],
+) -> Any:
+    """:func:`joined` outside of any graph."""
+    program, blocks, streams, arguments = check(
+        getattr(owner, "program", owner), blocks, split(given), args, kwargs, layerwise
+    )
     policy = check_policy(policy)
     if isinstance(policy, MemoryBudget):
         recorded = _can_record()
@@ -115,7 +139,7 @@ def inverse(
     >>> torch.allclose(inverse(revcore.revnet(3), [torch.sin] * 3, y)[0], x[0])
     True
     """
-    program, blocks, streams, arguments = _check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
+    program, blocks, streams, arguments = check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
     check_has_inverse(program)
     current = tuple(streams[program.output.index(i)] for i in range(program.num_streams))
     for call in reversed(make_calls(program, blocks)):
@@ -132,7 +156,7 @@ def inverse_report(
     **kwargs: Any,
 ) -> InverseReport:
     """The functional form of :func:`revcore_torch.check_inverse`."""
-    program, blocks, streams, arguments = _check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
+    program, blocks, streams, arguments = check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
     calls, states = make_calls(program, blocks), [streams]
     local, drift = [], []
     with torch.no_grad():
@@ -178,7 +202,7 @@ def _error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return relative_error(wide(got), wide(expected))
 
 
-def _check(
+def check(
     program: Any, blocks: Any, streams: Any, args: tuple[Any, ...], kwargs: dict[str, Any], layerwise: Any
 ) -> tuple[Program, tuple[Any, ...], tuple[Tensor, ...], Arguments]:
     program = check_program(program)

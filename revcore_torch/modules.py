@@ -107,7 +107,6 @@ class ReversibleSequential(nn.Sequential):
         )
         return part.train(self.training)
 
-    @torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
     def forward(self, input: Tensor, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Any:
         """Return the output, of the input's shape; ``(output, aux)`` where a block returned more than its ``f``.
 
@@ -115,7 +114,7 @@ class ReversibleSequential(nn.Sequential):
         ``(args, kwargs)`` pair for each block. ``aux`` is a list with one tuple for each block.
         """
         return joined(
-            self.program,
+            self,
             tuple(self),
             input,
             args,

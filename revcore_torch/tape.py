@@ -374,11 +374,13 @@ class _Collect:
 
 @functools.cache
 def _keep_dynamo_out() -> None:
-    """T10: a compiled block calls these hooks from inside its graph, where dynamo would try to compile them too."""
-    from torch._dynamo.eval_frame import skip_code
+    """T10: a compiled block or training step calls these from inside, where dynamo would try to compile them too."""
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
-    for hook in (_Pack, _Collect):
-        skip_code(hook.__call__.__code__)
+    # with all that they call; a block that is compiled itself is entered anew
+    alone = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    for hook in (_Pack.__call__, _Collect.__call__, _Ensure.__call__, Tape.unpack, _Keep.backward, _end):
+        set_code_exec_strategy(hook.__code__, alone)
 
 
 class _Ensure:

@@ -30,6 +30,7 @@ FILES = [
     "test_compositions_numbers",
     "test_compositions_contexts",
     "test_compositions_func",
+    "test_compositions_compile",
     "test_compositions_devices",
     "test_compositions_objects",
     "test_compositions_failures",

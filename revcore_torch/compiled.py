@@ -1,0 +1,478 @@
+"""A reversible network inside the graph of ``torch.compile``: one ``Function`` whose backward pass is written out.
+
+Dynamo cannot follow the tape (T10), and the compiler would not know what the tape rebuilds. So where a whole model is
+compiled, the steps and the way back through them are traced as ordinary operations, and the compiler gets all of them
+in one graph. That is right only for blocks that draw nothing and change no buffer, for here the second run is a second
+call and nothing else (T14): before anything is traced, the blocks are run once on fake tensors, and watched. Where they
+do more, the graph is broken, the tape runs outside of it, and blocks are compiled each by itself.
+
+Nothing here runs but under dynamo, which loads this module.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.func import functional_call, vjp
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from revcore.errors import SpecError
+from revcore.policy import MemoryBudget, Policy, Segment, StoreAll, check_policy, segments
+from revcore.program import Program
+from revcore.step import Anchor, Couple, Primitive
+from revcore_torch import fakes, replay
+from revcore_torch.functional import check, eager
+from revcore_torch.steps import Arguments, Streams, make_calls
+
+
+def _flatten(tree: Any, leaves: list[Any]) -> str:
+    """Return the form of a tree of tuples, lists and dicts as text, which dynamo knows as a constant."""
+    if isinstance(tree, (tuple, list)):
+        kind = "t" if isinstance(tree, tuple) else "l"
+        return kind + str(len(tree)) + " " + "".join([_flatten(child, leaves) for child in tree])
+    if isinstance(tree, dict):
+        keys = " ".join(tree)
+        return (
+            "d"
+            + str(len(tree))
+            + " "
+            + keys
+            + (" " if keys else "")
+            + "".join([_flatten(v, leaves) for v in tree.values()])
+        )
+    leaves.append(tree)
+    return "."
+
+
+def _unflatten(leaves: Sequence[Any], form: str) -> Any:
+    """Return the tree of that form with these leaves."""
+    tree, _, _ = _read(leaves, 0, form, 0)
+    return tree
+
+
+def _read(leaves: Sequence[Any], leaf: int, form: str, at: int) -> tuple[Any, int, int]:
+    kind = form[at]
+    if kind == ".":
+        return leaves[leaf], leaf + 1, at + 1
+    end = form.index(" ", at)
+    count, at = int(form[at + 1 : end]), end + 1
+    keys = []
+    if kind == "d":
+        for _ in range(count):
+            end = form.index(" ", at)
+            keys.append(form[at:end])
+            at = end + 1
+    children = []
+    for _ in range(count):
+        child, leaf, at = _read(leaves, leaf, form, at)
+        children.append(child)
+    if kind == "d":
+        return dict(zip(keys, children, strict=True)), leaf, at
+    return (tuple(children) if kind == "t" else children), leaf, at
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step, the number of its block, and those of the block's parameters that get a gradient.
+
+    ``owned`` holds for each the number by which it is known in the network: shared ones have the same.
+    """
+
+    step: Primitive
+    number: int | None
+    names: tuple[str, ...]
+    owned: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is known before anything is traced."""
+
+    outside: str | None
+    output: tuple[int, ...] = ()
+    steps: tuple[_Step, ...] = ()
+    segments: tuple[Segment, ...] = ()
+    autocast: replay.AutocastState = ()
+
+
+# Dynamo asks of every object where it is from: a plan is an entry of this list, and a constant of the graph its place.
+_plans: list[_Plan] = []
+
+
+def joined(
+    owner: Any,
+    blocks: Sequence[Any],
+    given: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    layerwise: Any,
+    policy: Policy,
+    split: Callable[[Any], Any],
+    join: Callable[[Any], Any],
+) -> Any:
+    """What :func:`revcore_torch.functional.joined` is to dynamo."""
+    streams = tuple(split(given))
+    leaves: list[Any] = []
+    spec = _flatten((args, kwargs, layerwise), leaves)
+    recording = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    # the plan is made of values alone; dynamo would ask for the gradient of what has one
+    tensors = [t.detach() if isinstance(t, Tensor) else t for t in [*streams, *leaves]]
+    flags = "".join(["1" if isinstance(t, Tensor) and t.requires_grad else "0" for t in [*streams, *leaves]])
+    by_step = isinstance(policy, (tuple, list))
+    policies = policy if by_step else [policy]
+    counts = (len(policies) if by_step else 0, len(blocks), len(streams))
+    plan = _plans[_plan(owner, spec, flags, *counts, recording, *policies, *blocks, *tensors)]
+    if plan.outside is not None:
+        result = _OUTSIDE[plan.outside](owner, blocks, streams, args, kwargs, layerwise, policy)
+        return (join(result[0]), result[1]) if isinstance(result[0], tuple) else join(result)
+    for segment in plan.segments:
+        steps = plan.steps[segment.start : segment.stop]
+        if segment.kind == "store":
+            streams = _forward(steps, blocks, streams, args, kwargs, layerwise)
+        elif segment.kind == "checkpoint":
+            streams = checkpoint(_forward, steps, blocks, streams, args, kwargs, layerwise, use_reentrant=False)
+        else:
+            streams = _reverse(steps, blocks, plan.autocast, streams, leaves, spec)
+    return join(tuple(streams[i] for i in plan.output))
+
+
+# --- what is traced ---------------------------------------------------------------------------------------------------
+
+
+def _reverse(steps: Any, blocks: Any, autocast: Any, streams: Streams, leaves: list[Any], spec: str) -> Streams:
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    parameters: dict[int, Tensor] = {}
+    for step in steps:
+        if step.names:
+            named = dict(blocks[step.number].named_parameters())
+            for name, number in zip(step.names, step.owned, strict=True):
+                parameters[number] = named[name]
+    constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    shape = (len(streams), places, constants, spec, list(parameters))
+    # dynamo takes no tensor twice, and a stream may come as all streams, or as an argument too
+    tensors = [t.view_as(t) for t in [*streams, *[leaves[i] for i in places]]]
+    return _Reverse.apply(steps, blocks, autocast, shape, *tensors, *parameters.values())
+
+
+class _Reverse(torch.autograd.Function):
+    """Steps forward; and back, each rebuilt and differentiated by ``torch.func.vjp``."""
+
+    @staticmethod
+    def forward(ctx: Any, steps: Any, blocks: Any, autocast: Any, shape: Any, *tensors: Tensor) -> Streams:
+        streams, (args, kwargs, layerwise), parameters = _part(shape, tensors)
+        for step in steps:
+            own = [parameters[number] for number in step.owned]
+            streams = _merge(step, streams, _evaluate(step, blocks, own, streams, args, kwargs, layerwise))
+        ctx.steps, ctx.blocks, ctx.autocast, ctx.shape = steps, blocks, autocast, shape
+        ctx.save_for_backward(*streams, *tensors[len(streams) :])
+        return streams
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        streams, _, parameters = _part(ctx.shape, ctx.saved_tensors)
+        tensors = list(ctx.saved_tensors[len(streams) : len(ctx.saved_tensors) - len(parameters)])
+        # of the arguments, those that could want a gradient
+        wanted = [i for i, t in enumerate(tensors) if t.is_floating_point() or t.is_complex()]
+        gargs: list[Any] = [None] * len(tensors)
+        gparameters: dict[int, Any] = dict.fromkeys(parameters)
+        for step in reversed(ctx.steps):
+            own = [parameters[number] for number in step.owned]
+
+            def run(streams: Any, chosen: Any, own: Any, step: Any = step) -> Any:
+                mine = list(tensors)
+                for i, t in zip(wanted, chosen, strict=True):
+                    mine[i] = t
+                args, kwargs, layerwise = _arguments(ctx.shape, mine)
+                if not ctx.autocast:
+                    return _evaluate(step, ctx.blocks, own, streams, args, kwargs, layerwise)
+                kind, _, dtype, cache = ctx.autocast[0]
+                with torch.autocast(kind, dtype=dtype, cache_enabled=cache):
+                    return _evaluate(step, ctx.blocks, own, streams, args, kwargs, layerwise)
+
+            chosen = [tensors[i] for i in wanted]
+            if isinstance(step.step, Couple):
+                target = step.step.target
+                sources = [streams[i] for i in step.step.sources]
+
+                def block(sources: Any, chosen: Any, own: Any, step: Any = step, streams: Any = streams) -> Any:
+                    full = list(streams)
+                    for i, s in zip(step.step.sources, sources, strict=True):
+                        full[i] = s
+                    return run(full, chosen, own, step)
+
+                f, pull = _vjp(block, sources, chosen, own)
+                x = step.step.coupling.inverse(streams[target], f)
+                _, apart = _vjp(step.step.coupling.forward, x, f)
+                gx, gf = apart(grads[target])
+                gsources, gchosen, gown = pull(gf)
+                streams = (*streams[:target], x, *streams[target + 1 :])
+                updated = list(grads)
+                updated[target] = gx
+                for i, g in zip(step.step.sources, gsources, strict=True):
+                    updated[i] = updated[i] + g
+                grads = tuple(updated)
+            else:
+                args, kwargs, layerwise = _arguments(ctx.shape, tensors)
+                streams = _undo(step, ctx.blocks, streams, args, kwargs, layerwise)
+                _, pull = _vjp(run, list(streams), chosen, own)
+                gstreams, gchosen, gown = pull(tuple(grads))
+                grads = tuple(gstreams)
+            for i, g in zip(wanted, gchosen, strict=True):
+                gargs[i] = g if gargs[i] is None else gargs[i] + g
+            for number, g in zip(step.owned, gown, strict=True):
+                gparameters[number] = g if gparameters[number] is None else gparameters[number] + g
+        return (None, None, None, None, *grads, *gargs, *gparameters.values())
+
+
+_vjp: Any = vjp  # typed for has_aux too
+
+
+def _part(shape: Any, tensors: Sequence[Any]) -> Any:
+    """Return streams, arguments, and parameters by number."""
+    num_streams, places, _, _, numbers = shape
+    rest = num_streams + len(places)
+    parameters = dict(zip(numbers, tensors[rest:], strict=True))
+    return tuple(tensors[:num_streams]), _arguments(shape, tensors[num_streams:rest]), parameters
+
+
+def _arguments(shape: Any, tensors: Sequence[Any]) -> Any:
+    _, places, constants, spec, _ = shape
+    leaves = list(constants)
+    for i, tensor in zip(places, tensors, strict=True):
+        leaves[i] = tensor
+    return _unflatten(leaves, spec)
+
+
+def _forward(steps: Any, blocks: Any, streams: Streams, args: Any, kwargs: Any, layerwise: Any) -> Streams:
+    for step in steps:
+        streams = _merge(step, streams, _evaluate(step, blocks, None, streams, args, kwargs, layerwise))
+    return streams
+
+
+def _evaluate(step: _Step, blocks: Any, own: Any, streams: Any, args: Any, kwargs: Any, layerwise: Any) -> Any:
+    """Return ``f``, or all streams anew, with the parameters ``own`` in place of the block's own."""
+    if step.number is None:
+        return step.step.gather(streams)[0] if isinstance(step.step, Couple) else step.step.forward(*streams)  # type: ignore[union-attr, misc]
+    if layerwise is not None:
+        more_args, more_kwargs = layerwise[step.number]
+        args, kwargs = (*args, *more_args), {**kwargs, **more_kwargs}
+    inputs = (*(step.step.gather(streams) if isinstance(step.step, Couple) else streams), *args)
+    if own:
+        out = functional_call(blocks[step.number], dict(zip(step.names, own, strict=True)), inputs, kwargs)
+    else:
+        out = blocks[step.number](*inputs, **kwargs)
+    return step.step.split(out)[0] if isinstance(step.step, Couple) else tuple(out)
+
+
+def _merge(step: _Step, streams: Streams, f: Any) -> Streams:
+    if not isinstance(step.step, Couple):
+        return tuple(f)
+    target = step.step.target
+    return (*streams[:target], step.step.coupling.forward(streams[target], f), *streams[target + 1 :])
+
+
+def _undo(step: _Step, blocks: Any, streams: Streams, args: Any, kwargs: Any, layerwise: Any) -> Streams:
+    if step.number is None:
+        return tuple(step.step.inverse(*streams))  # type: ignore[union-attr, misc]
+    if layerwise is not None:
+        more_args, more_kwargs = layerwise[step.number]
+        args, kwargs = (*args, *more_args), {**kwargs, **more_kwargs}
+    return tuple(blocks[step.number].inverse(*streams, *args, **kwargs))
+
+
+# --- what is found out before -----------------------------------------------------------------------------------------
+
+
+def _place_of_plan(
+    owner: Any,
+    spec: str,
+    flags: str,
+    num_policies: int,
+    num_blocks: int,
+    num_streams: int,
+    recording: bool,
+    *rest: Any,
+) -> int:
+    """Return the place of the plan; runs in plain Python while dynamo traces.
+
+    ``num_policies`` is 0 where there is one for all steps.
+    """
+    policy, rest = (rest[:num_policies], rest[num_policies:]) if num_policies else (rest[0], rest[1:])
+    blocks, values = rest[:num_blocks], rest[num_blocks:]
+    values = [
+        v.detach().requires_grad_(flag == "1") if isinstance(v, Tensor) else v
+        for v, flag in zip(values, flags, strict=True)
+    ]
+    streams, leaves = values[:num_streams], values[num_streams:]
+    args, kwargs, layerwise = _unflatten(leaves, spec)
+    program, blocks, streams, arguments = check(
+        getattr(owner, "program", owner), blocks, streams, args, kwargs, layerwise
+    )
+    plan = _made_plan(program, blocks, streams, arguments, check_policy(policy) if recording else StoreAll())
+    if plan not in _plans:
+        _plans.append(plan)
+    return _plans.index(plan)
+
+
+_plan: Callable[..., int] = torch._dynamo.assume_constant_result(_place_of_plan)
+
+
+def _made_plan(
+    program: Program, blocks: Sequence[Any], streams: Streams, arguments: Arguments, policy: Policy
+) -> _Plan:
+    if isinstance(policy, MemoryBudget):
+        return _Plan("policy")
+    parts = segments([not isinstance(step, Anchor) for step in program.unrolled], policy)
+    if any(part.recompute is not None or part.offload for part in parts):
+        return _Plan("policy")
+    outside = _obstacle(program, blocks, streams, arguments, any(part.kind == "reverse" for part in parts))
+    if outside is not None:
+        _compile_blocks(blocks)
+        return _Plan(outside)
+    numbers: dict[int, int] = {}
+    steps = []
+    for call in make_calls(program, blocks):
+        named = _differentiable(call.block)
+        owned = tuple(numbers.setdefault(id(parameter), len(numbers)) for parameter in named.values())
+        steps.append(_Step(call.step, call.number, tuple(named), owned))
+    autocast = tuple(state for state in replay.autocast_state(replay.random_devices(streams)) if state[1])
+    return _Plan(None, program.output, tuple(steps), parts, autocast) if len(autocast) < 2 else _Plan("autocast")
+
+
+def _differentiable(block: Any) -> dict[str, Tensor]:
+    named = block.named_parameters() if isinstance(block, nn.Module) else ()
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+
+class _Watch(TorchDispatchMode):
+    """Note whether an operation draws random numbers."""
+
+    draws = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()) and not _draws_nothing(func, args, kwargs):
+            self.draws = True
+        return func(*args, **(kwargs or {}))
+
+
+def _draws_nothing(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether an operation that may draw is told not to: attention without dropout."""
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.name in ("dropout_p", "p", "dropout"):
+            given = args[i] if i < len(args) else (kwargs or {}).get(argument.name, argument.default_value)
+            return given == 0
+    return False
+
+
+def _obstacle(
+    program: Program, blocks: Sequence[Any], streams: Streams, arguments: Arguments, reversing: bool
+) -> str | None:
+    """Return why the blocks cannot be traced as if they were functions; ``None`` where they can."""
+    modules = [m for block in blocks for m in replay.modules_of(block)]
+    if any(m._backward_hooks or m._backward_pre_hooks for m in modules):
+        return "hooks"
+    if any(hasattr(p, "device_mesh") for m in modules for p in m.parameters(recurse=False)):
+        return "sharded"
+    if reversing and any(isinstance(m, _NormBase) and m.training and m.track_running_stats for m in modules):
+        return "buffers"
+    try:
+        with fakes.faking("torch.compile") as copies:
+            tried, streams, args, kwargs, layerwise = copies.copy(
+                (blocks, streams, arguments.args, arguments.kwargs, arguments.layerwise)
+            )
+            return _try(program, tried, tuple(streams), Arguments(args, kwargs, layerwise), reversing)
+    except SpecError as error:
+        if "fake" not in str(error):
+            raise
+        return "unplanned"
+
+
+def _try(
+    program: Program, blocks: Sequence[Any], streams: Streams, arguments: Arguments, reversing: bool
+) -> str | None:
+    modules = [m for block in blocks for m in replay.modules_of(block)]
+    buffers = [(b, b._version) for m in modules for b in m.buffers(recurse=False)]
+    known = {id(p) for m in modules for p in m.parameters(recurse=False)}
+    known |= {id(t) for t in pytree.tree_leaves((streams, arguments.args, arguments.kwargs, arguments.layerwise))}
+    with torch.enable_grad(), _Watch() as watch:
+        for call in make_calls(program, blocks):
+            f, aux = call.evaluate(streams, arguments)
+            streams = call.merge(streams, f)
+            if aux:
+                return "aux"
+    if not reversing:
+        return None
+    if watch.draws:
+        return "random"
+    if any(b._version != version for b, version in buffers):
+        return "buffers"
+    return "closure" if any(id(leaf) not in known for leaf in _leaves(streams)) else None
+
+
+def _leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors into which the graph of ``outputs`` would accumulate a gradient."""
+    seen: set[Any] = set()
+    stack: list[Any] = [t.grad_fn for t in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        stack += [following for following, _ in node.next_functions]
+
+
+# --- outside of the graph ---------------------------------------------------------------------------------------------
+
+_compiled: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+def _compile_blocks(blocks: Sequence[Any]) -> None:
+    """Compile each block as the model around it is being compiled."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    if not torch.compiler.is_dynamo_compiling():
+        return
+    backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    for block in blocks:
+        if isinstance(block, nn.Module) and block not in _compiled:
+            _compiled[block] = torch.compile(block, backend=backend)
+
+
+def _run_outside(
+    owner: Any, blocks: Sequence[Any], streams: Streams, args: Any, kwargs: Any, layerwise: Any, policy: Policy
+) -> Any:
+    blocks = [_compiled.get(b, b) if isinstance(b, nn.Module) else b for b in blocks]
+    return eager(owner, blocks, streams, args, kwargs, layerwise, policy, _as_is, _as_is)
+
+
+def _as_is(streams: Any) -> Any:
+    return streams
+
+
+# Why a network is run outside of the graph; dynamo shows it where fullgraph=True was asked for.
+_WHY = {
+    "random": "a block draws random numbers, and the graph cannot draw the same again: call eval(), set p=0",
+    "buffers": "a block changes its buffers (batch statistics, a power iteration), which must happen once: call eval()",
+    "aux": "a block returns more than its f",
+    "closure": "a block closes over a tensor that wants a gradient: hand it in as an argument",
+    "hooks": "a block has backward hooks, or hooks that change saved tensors",
+    "sharded": "a block's parameters are sharded",
+    "autocast": "autocast is on for several kinds of device",
+    "policy": "recompute=, offload=True and MemoryBudget are for the tape",
+    "unplanned": "a block could not be tried on fake tensors",
+}
+_OUTSIDE = {
+    kind: torch._dynamo.disable(_run_outside, reason=f"the reversible network runs outside of the graph: {why}")
+    for kind, why in _WHY.items()
+}
