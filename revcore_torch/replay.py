@@ -255,48 +255,66 @@ class Parameters:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self._places = [
-            (place, name, *_identity(parameter))
+            (place, name, _identity(parameter))
             for place in [m._parameters for m in modules if m._parameters]
             for name, parameter in place.items()
         ]
 
-    def check(self, index: int) -> None:
-        """Refuse to run block ``index`` again with other parameters than the first time."""
+    def check(self, index: int) -> list[Tensor]:
+        """Refuse to run block ``index`` again with other parameters; return those frozen or unfrozen since then."""
         for place, name, child in self._modules:
             if place.get(name) is not child:
                 raise InversionError(
                     f"block of step {index} cannot be run again: its parameters are other objects than in the forward "
                     f"pass (module {name} was replaced). Call backward before that"
                 )
-        for place, name, who, version in self._places:
-            now, now_version = _identity(place.get(name))
-            if (now == who and version in (now_version, _UNBORN)) or now == _NOBODY or who == _NOBODY:
+        toggled = []
+        for place, name, then in self._places:
+            now = _identity(place.get(name))
+            if now == then or _NOBODY in (now[0], then[0]):
                 continue
-            if now != who:
+            if now[0] != then[0]:
                 cause = (
                     f"its parameters are other objects than in the forward pass ({name}). Under "
                     "torch.func.functional_call, take the gradient inside it (torch.func.grad), or call backward "
                     "before the parameters are swapped back"
                 )
-            else:
+                raise InversionError(f"block of step {index} cannot be run again: {cause}")
+            if then[1] not in (now[1], _UNBORN):
                 cause = (
                     f"its parameters were changed in place after the forward pass ({name}; an optimizer step, or "
                     "weights loaded, before the backward pass). Call backward first, or run the forward pass again"
                 )
-            raise InversionError(f"block of step {index} cannot be run again: {cause}")
+                raise InversionError(f"block of step {index} cannot be run again: {cause}")
+            if now[2] != then[2]:
+                toggled.append(place[name])
+        return toggled
+
+
+@contextlib.contextmanager
+def toggled(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Freeze the parameters that train and unfreeze the others meanwhile."""
+    for parameter in parameters:
+        parameter.requires_grad_(not parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(not parameter.requires_grad)
 
 
 _NOBODY = 0
 _UNBORN = -1  # the version of a lazy module's parameter before the first run, which makes it
 
 
-def _identity(parameter: Tensor | None) -> tuple[int, int]:
+def _identity(parameter: Tensor | None) -> tuple[int, int, bool]:
+    """Return who a parameter is, its version, and whether it trains."""
     if type(parameter) is not nn.Parameter:
         if parameter is None or hasattr(parameter, "device_mesh"):
-            return (id(None) if parameter is None else _NOBODY), 0
+            return (id(None) if parameter is None else _NOBODY), 0, False
         if is_lazy(parameter):
-            return id(parameter), _UNBORN
-    return id(parameter), parameter._version
+            return id(parameter), _UNBORN, parameter.requires_grad
+    return id(parameter), parameter._version, parameter.requires_grad
 
 
 # --- what a block's graph saves ---------------------------------------------------------------------------------------

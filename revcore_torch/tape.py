@@ -313,8 +313,10 @@ class Tape:
     @contextlib.contextmanager
     def _replaying(self, frame: Frame, collected: list[Any]) -> Iterator[None]:
         """Everything that makes the second run of a block equal the first (T6, T7)."""
-        frame.parameters.check(frame.call.index)
+        toggled = frame.parameters.check(frame.call.index)
         with contextlib.ExitStack() as stack:
+            if toggled:
+                stack.enter_context(replay.toggled(toggled))
             if frame.random is not None:
                 stack.enter_context(replay.random_state_as(self.devices, frame.random[0]))
             if replay.autocast_state(self.devices) != self.autocast:
