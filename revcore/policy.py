@@ -105,8 +105,9 @@ class MemoryBudget:
 
     With ``held(i)`` for what step ``i`` keeps, if it is kept, and ``takes(j)`` for what step ``j`` needs for a while on
     the way back, the choice satisfies ``Σ_{i<j} held(i) + takes(j) ≤ budget`` for every ``j``, and makes the sum of the
-    repeated steps' work as small as these estimates allow; it is checked before it is used. The first call of each kind (shapes, dtypes, gradients there or not) plans it on fake
-    tensors, which takes seconds for a deep network; the choice holds for all calls alike. PyTorch only.
+    repeated steps' work as small as these estimates allow; it is checked before it is used. The first call of each kind
+    (shapes, dtypes, gradients there or not) plans it on fake tensors, which takes seconds for a deep network; the
+    choice holds for all calls alike. PyTorch only.
 
     Args:
         bytes: the budget in bytes.

@@ -16,15 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses import fake_tensor as errors
+from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from revcore.errors import SpecError
 
 _DATA_NEEDED = (errors.DataDependentOutputException, errors.DynamicOutputShapeException)
 _NO_FAKE = (errors.UnsupportedOperatorException, errors.UnsupportedFakeTensorException)
 _HINTS = ("FakeTensor", "fake tensor", "fake impl", "data pointer", "data_ptr", "meta tensor", "tensor subclasses")
+
+# Their fake implementations leave out what the real kernels keep for the backward pass, which is most of it.
+_UNTRUE = tuple(getattr(torch.ops.aten, name) for name in ("mkldnn_rnn_layer", "_cudnn_rnn", "miopen_rnn"))
 
 
 class Fakes:
@@ -41,6 +45,10 @@ class Fakes:
         """
         memo: dict[int, Any] = {}
         modules = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, nn.Module)]
+        if any(nn.parameter.is_lazy(p) for module in modules for p in module.parameters()):
+            raise SpecError(
+                "the network's lazy parameters have no shapes yet: call it once under torch.no_grad() first"
+            )
         try:
             with _Copying(self.tensor):
                 result = copy.deepcopy(value, memo)
@@ -101,7 +109,7 @@ def faking(what: str, device: str = "cpu") -> Iterator[Fakes]:
     try:
         # what is compiled would compile anew for fakes; without dynamo loaded (which takes seconds), nothing is
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
-        with _disable_current_modes(), eager, mode:
+        with _disable_current_modes(), _own_hooks(), eager, mode, _Refusing(what):
             yield Fakes(mode, there)
     except (*_DATA_NEEDED, *_NO_FAKE) as error:
         why = "needs the data" if isinstance(error, _DATA_NEEDED) else "has no fake implementation"
@@ -112,6 +120,31 @@ def faking(what: str, device: str = "cpu") -> Iterator[Fakes]:
         raise
     finally:
         random.setstate(state)
+
+
+def _own_hooks() -> contextlib.AbstractContextManager[Any]:
+    """Keep the caller's hooks from seeing what is saved: a network may be planned while a block of another runs."""
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return saved_tensors_hooks(_same, _same) if hooked is not None else contextlib.nullcontext()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class _Refusing(TorchDispatchMode):
+    """Refuses what would make a plan too low."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket in _UNTRUE:
+            library = "mkldnn" if func._overloadpacket is _UNTRUE[0] else "cudnn"
+            why = f"{func} hides there what it keeps (torch.backends.{library}.flags(enabled=False) runs another)"
+            raise SpecError(_message(self._what, why))
+        return func(*args, **(kwargs or {}))
 
 
 def _message(what: str, why: str) -> str:

@@ -228,13 +228,19 @@ def name_of(policy: Policy) -> str:
     if isinstance(policy, Sequence):
         return ", ".join(f"{len(list(run))} × {name}" for name, run in groupby(map(name_of, policy)))
     given = [
-        f"{field.name}={getattr(policy, field.name)!r}"
+        f"{field.name}={_written(getattr(policy, field.name))}"
         for field in dataclasses.fields(policy)
         if getattr(policy, field.name) != field.default
     ]
     if isinstance(policy, MemoryBudget) and policy.bytes is not None:
         given = [in_bytes(policy.bytes)]
     return f"{type(policy).__name__}({', '.join(given)})"
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple):  # operators
+        return f"[{', '.join(map(str, value))}]"
+    return value.__name__ if hasattr(value, "__name__") else repr(value)
 
 
 def in_bytes(size: int) -> str:

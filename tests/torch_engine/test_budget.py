@@ -212,14 +212,13 @@ def calls(model: Any, x: Tensor, policy: Policy) -> int:
 
 
 def test_more_memory_means_less_recomputation_down_to_none() -> None:
-    model, x = ReversibleSequential(*[mlp() for _ in range(6)]), torch.randn(64, 2 * W)
+    model, x = ReversibleSequential(*[mlp() for _ in range(5)]), torch.randn(64, 2 * W)
     most, _ = train(model, x, StoreAll(), whole=True)
-    found = [calls(model, x, MemoryBudget(bytes=int(most * share / 10))) for share in range(5, 11)]
+    found = [calls(model, x, MemoryBudget(bytes=int(most * share))) for share in (0.5, 0.7, 0.9, 1)]
     assert found == sorted(found, reverse=True)
-    assert found[-1] == 6
-    assert found[0] > 6
-    assert calls(model, x, MemoryBudget(fraction=1)) == 6
-    assert calls(model, x, MemoryBudget(bytes=10**12)) == 6
+    assert found[0] > found[1] > found[-1] == 5
+    assert calls(model, x, MemoryBudget(fraction=1)) == 5
+    assert calls(model, x, MemoryBudget(bytes=10**12)) == 5
 
 
 def search(model: ReversibleSequential, x: Tensor) -> _Search:
@@ -358,6 +357,16 @@ def test_what_cannot_be_planned_asks_for_a_fixed_policy() -> None:
     model = ReversibleSequential(mlp(), Looking(), policy=MemoryBudget(fraction=0.5))
     with pytest.raises(SpecError, match=r"MemoryBudget runs the network on fake tensors.*needs the data.*Reverse\(\)"):
         model(torch.randn(4, 2 * W))
+
+
+def test_a_budget_inside_a_block_of_a_network_with_a_budget() -> None:
+    inner = ReversibleSequential(nn.Linear(W // 2, W // 2), nn.Linear(W // 2, W // 2), policy=MemoryBudget(fraction=1))
+    model, x = ReversibleSequential(mlp(), inner, mlp(64)), torch.randn(32, 2 * W)
+    _, expected = train(model, x, StoreAll(), whole=True)
+    least = least_of(model, x)
+    peak, found = train(model, x, MemoryBudget(bytes=least), whole=True)
+    assert peak <= least
+    assert tree_error(found, expected) < 1e-5
 
 
 def test_nothing_to_train_is_no_error() -> None:
