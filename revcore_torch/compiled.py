@@ -14,7 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo
@@ -323,7 +323,7 @@ def _place_of_plan(
     return _plans.index(plan)
 
 
-_plan: Callable[..., int] = torch._dynamo.assume_constant_result(_place_of_plan)
+_plan = cast("Callable[..., int]", torch._dynamo.assume_constant_result(_place_of_plan))
 
 
 def _made_plan(
@@ -472,7 +472,7 @@ _WHY = {
     "policy": "recompute=, offload=True and MemoryBudget are for the tape",
     "unplanned": "a block could not be tried on fake tensors",
 }
-_OUTSIDE = {
+_OUTSIDE: dict[str, Any] = {
     kind: torch._dynamo.disable(_run_outside, reason=f"the reversible network runs outside of the graph: {why}")
     for kind, why in _WHY.items()
 }

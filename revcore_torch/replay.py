@@ -362,7 +362,7 @@ class Saved:
                 "the same on the same input: look for a branch on outside state (a counter, a cache, training mode "
                 "switched between forward and backward), or use policy=StoreAll()"
             )
-        for k in _differing([t._version for t in collected], self._versions):
+        for k in {*self._changed, *_differing([t._version for t in collected], self._versions)}:
             memory = self._memory[k]
             # what a block makes itself has the same version both times; it may lie where something else lay before
             if k in self._changed:

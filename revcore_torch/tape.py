@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -262,12 +262,13 @@ class Tape:
         walk.saved.clear()
         if self.kind == "checkpoint":
             streams = walk.streams
-            for i in range(len(self.frames)):
+            for i in range(len(self.frames) - 1):
                 streams = self._redo(walk, i, streams)
+            self._collect_again(walk, len(self.frames) - 1, streams)
             walk.at = 0
             return
         if index == walk.at:  # its tensors were handed out before, and are asked for again
-            self._redo(walk, index, walk.streams)
+            self._collect_again(walk, index, walk.streams)
             return
         if index > walk.at:  # asked out of order: start over
             fresh = self._begin(walk.task)
@@ -284,7 +285,7 @@ class Tape:
         if not isinstance(step, Couple):
             with self._replaying(frame, []), torch.no_grad():
                 streams = call.undo(streams, None, arguments)
-            self._redo(walk, index, streams)
+            self._collect_again(walk, index, streams)
             return streams
         collected: list[Any] = []
         leaves = frame.leaves(streams, step.sources)
@@ -310,10 +311,24 @@ class Tape:
         self._hold(walk, index, collected, leaves)
         return tuple(t.detach() for t in after)
 
+    def _collect_again(self, walk: Pass, index: int, streams: Streams) -> None:
+        """Collect what the graph of step ``index`` saves, given the streams before it, and stop when it is all there.
+
+        What comes after the last saved tensor is a good part of many blocks: the last product of matrices. A block that
+        has more to draw then runs to its end, where the generators show whether it drew alike.
+        """
+        frame = self.frames[index]
+        collected: list[Any] = []
+        leaves = frame.leaves(streams)
+        with contextlib.suppress(_Enough), self._replaying(frame, collected, stop=True):
+            frame.call.merge(leaves, self._evaluate_again(frame, leaves, walk.arguments))
+        self._hold(walk, index, collected, leaves)
+
     @contextlib.contextmanager
-    def _replaying(self, frame: Frame, collected: list[Any]) -> Iterator[None]:
+    def _replaying(self, frame: Frame, collected: list[Any], stop: bool = False) -> Iterator[None]:
         """Everything that makes the second run of a block equal the first (T6, T7)."""
         toggled = frame.parameters.check(frame.call.index)
+        collect = _Collect(collected, len(frame.saved.metas) if stop else None, self._has_drawn, frame)
         with contextlib.ExitStack() as stack:
             if toggled:
                 stack.enter_context(replay.toggled(toggled))
@@ -325,19 +340,25 @@ class Tape:
                 stack.enter_context(frame.buffers.as_before())
             with (
                 replay.recomputing(),
-                saved_tensors_hooks(_Collect(collected), collected.__getitem__),
+                saved_tensors_hooks(collect, collected.__getitem__),
                 torch.enable_grad(),
             ):
                 yield
 
+    def _has_drawn(self, frame: Frame) -> bool:
+        """Return whether a block that runs again has drawn all that it will."""
+        return frame.random is None or replay.random_state(self.devices) == frame.random[1]
+
     def _evaluate_again(self, frame: Frame, streams: Sequence[Tensor], arguments: Arguments) -> Any:
         index = frame.call.index
-        with frame.kept.again(self.devices, index) if frame.kept is not None else contextlib.nullcontext():
-            f, _ = frame.call.evaluate(streams, arguments)
+        try:
+            with frame.kept.again(self.devices, index) if frame.kept is not None else contextlib.nullcontext():
+                f, _ = frame.call.evaluate(streams, arguments)
+        finally:
+            if frame.kept is not None and not _keeps_graph():
+                frame.kept = None
         if frame.random is not None:
             replay.check_random_state(self.devices, frame.random, index)
-        if frame.kept is not None and not _keeps_graph():
-            frame.kept = None
         return f
 
     def _hold(self, walk: Pass, index: int, collected: list[Any], leaves: list[Tensor]) -> None:
@@ -361,16 +382,22 @@ class _Pack:
         return self.index, len(self.versions) - 1
 
 
+class _Enough(BaseException):
+    """Ends a second run of which nothing more is needed; no block's ``except Exception`` is meant."""
+
+
 class _Collect:
     """The pack hook of a step's second run."""
 
-    __slots__ = ("collected",)
+    __slots__ = ("collected", "enough", "frame", "has_drawn")
 
-    def __init__(self, collected: list[Any]) -> None:
-        self.collected = collected
+    def __init__(self, collected: list[Any], enough: int | None, has_drawn: Callable[[Frame], bool], frame: Frame):
+        self.collected, self.enough, self.has_drawn, self.frame = collected, enough, has_drawn, frame
 
     def __call__(self, tensor: Tensor) -> int:
         self.collected.append(tensor.detach())
+        if len(self.collected) == self.enough and self.has_drawn(self.frame):
+            raise _Enough
         return len(self.collected) - 1
 
 

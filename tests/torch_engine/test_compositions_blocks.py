@@ -440,7 +440,7 @@ def test_function_that_hides_tensors():
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_other_the_second_time(refused, policy):
     calls = []
-    moody = Apply(lambda x: x.sin().cos() if calls.append(1) or len(calls) > 1 else x.sin())
+    moody = Apply(lambda x: x[:2].sin().repeat(2, 1) if calls.append(1) or len(calls) > 1 else x.sin())
     loss = ReversibleSequential(moody, policy=policy)(make_input()).pow(2).sum()
     with refused:
         loss.backward()

@@ -70,9 +70,9 @@ def assert_like_store_all(model: ReversibleSequential, times: int = 1) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
-def addmms(policy: Any) -> int:
+def addmms(policy: Any, p: float = 0.0) -> int:
     """Return the matrix products of a block that run in the backward pass beside those of the gradients."""
-    model = network(policy)
+    model = network(policy, lambda: block(p))
     loss = model(make_input()).sum()
     with Operations() as operations:
         loss.backward()
@@ -209,6 +209,27 @@ def test_policies_by_step_keep_what_each_says() -> None:
     assert held([StoreAll()] * 2 + [Reverse()] * 4) == held(StoreAll(), depth=2) + 2
     assert addmms([StoreAll()] * 2 + [Reverse()] * 4) == 2 * 4
     assert addmms([Checkpoint()] * 6) == addmms(Checkpoint())
+
+
+def test_checkpoints_stop_before_the_last_product() -> None:
+    assert addmms(Checkpoint()) == addmms(Checkpoint(), p=0.4) == DEPTH
+    assert addmms(Checkpoint(every=2)) == 2 * DEPTH - DEPTH // 2
+
+
+def test_a_block_that_draws_after_all_is_saved_runs_to_its_end() -> None:
+    runs: list[str] = []
+
+    class Late(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            f = x.tanh()
+            runs.append("saved")
+            f = f + torch.rand_like(x)
+            runs.append("drawn")
+            return f
+
+    model = network(Checkpoint(), Late, depth=1)
+    model(make_input()).sum().backward()
+    assert runs == ["saved", "drawn"] * 2
 
 
 def test_a_wrong_number_of_policies_is_refused_before_a_block_runs() -> None:
