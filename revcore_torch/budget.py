@@ -1,12 +1,13 @@
 """``MemoryBudget``: choose for each step whether to keep it or to rebuild it, so that the peak stays within a budget.
 
-Two passes on fake tensors, one that keeps every step and one that rebuilds every step, tell what each step adds to what
-is held, what its backward pass takes for a while, and what running it again costs. The backward pass comes to a step
-when everything after it is freed, so the peak there is
+Three passes on fake tensors (every step kept, every step rebuilt, every step checkpointed) tell what each step adds to
+what is held, what its backward pass takes for a while, and what running it again costs: less from a checkpoint, which
+stops where the last tensor is saved. The backward pass comes to a step when everything after it is freed, so the peak
+there is
 
     (what the steps before it hold) + (what it takes for a while)  ≤  budget,
 
-and a dynamic program over the steps finds the cheapest choice. A third pass checks that choice; where steps share what
+and a dynamic program over the steps finds the cheapest choice. A fourth pass checks that choice; where steps share what
 they hold, the estimate is mended by what the check finds. What is returned has kept the budget on fake tensors, which
 count byte for byte as real ones do.
 """
@@ -39,7 +40,7 @@ from revcore_torch.tape import run
 BYTE_COST = 10
 """A byte written costs as much as so many FLOPs: processors do 10 to 100 while they move one."""
 CHECKS = 6
-"""How many choices are tried on fake tensors, beyond the two passes that measure."""
+"""How many choices are tried on fake tensors, beyond the three passes that measure."""
 CACHED = 64
 
 Assignment = tuple[StepPolicy, ...]
@@ -172,10 +173,11 @@ class _Marked(nn.Module):
     def _run(self, function: Any, args: Any, kwargs: Any) -> Any:
         self.timeline.mark("again" if self.calls else "call", self.unit)
         before, self.calls = self.timeline.work, self.calls + 1
-        result = function(*args, **kwargs)
-        if self.calls > 1:
-            self.repeats[self.unit] += self.timeline.work - before
-        return result
+        try:
+            return function(*args, **kwargs)
+        finally:  # a checkpointed run stops in the middle
+            if self.calls > 1:
+                self.repeats[self.unit] += self.timeline.work - before
 
 
 class _Incoming(torch.autograd.Function):
@@ -245,28 +247,30 @@ class _Passes:
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
-KEPT: int = 0
-REBUILT: int = 1
+KEPT, REBUILT, AGAIN = 0, 1, 2
+"""What may be done with a unit: kept whole, rebuilt from what follows, run again from its kept input."""
+
+Three = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Model:
-    """An estimate of the peak for any choice; index 0 of a pair is for a unit that is kept, 1 for one that is rebuilt.
+    """An estimate of the peak for any choice; threes are by what is done with a unit.
 
     Attributes:
-        holds: what a unit adds to what is held, if it is kept.
+        holds: what a unit adds to what is held.
         takes: the most that it takes beyond what the units before it hold, in either pass.
         costs: the work of running it again.
-        end: what output and incoming gradient take beyond what is held, by the last unit's choice.
+        end: what output and incoming gradient take beyond what is held, by what is done with the last unit.
         border: the bytes of all streams, which are held for a run of rebuilt units that others follow.
         start: what lives before the first unit.
         streams: how many there are.
     """
 
-    holds: tuple[int, ...]
-    takes: tuple[tuple[int, int], ...]
-    costs: tuple[int, ...]
-    end: tuple[int, int]
+    holds: tuple[Three, ...]
+    takes: tuple[Three, ...]
+    costs: tuple[Three, ...]
+    end: Three
     border: int
     start: int
     streams: int
@@ -275,17 +279,21 @@ class Model:
         """Return the cheapest choice whose estimated peak is within ``limit``; ``None`` if there is none."""
         # a label: (held before the next unit, cost, rebuilt units just before, (choices so far, linked))
         labels: list[tuple[int, int, int, Any]] = [(self.start, 0, 0, None)]
-        for hold, takes, cost in zip(self.holds, self.takes, self.costs, strict=True):
+        for holds, takes, costs in zip(self.holds, self.takes, self.costs, strict=True):
             following = []
             for held, spent, length, chosen in labels:
-                # a run of rebuilt units ends where a kept one follows; each of its units made one new stream
+                # a run of rebuilt units ends where another follows; each of its units made one new stream
                 before = held + self.border * length // self.streams
-                if before + takes[KEPT] <= limit:
-                    following.append((before + hold, spent, 0, (KEPT, chosen)))
+                following += [
+                    (before + holds[c], spent + costs[c], 0, (c, chosen))
+                    for c in (KEPT, AGAIN)
+                    if before + takes[c] <= limit
+                ]
                 if held + takes[REBUILT] <= limit:
-                    following.append((held, spent + cost, min(length + 1, self.streams), (REBUILT, chosen)))
+                    length = min(length + 1, self.streams)
+                    following.append((held, spent + costs[REBUILT], length, (REBUILT, chosen)))
             labels = self._undominated(following, limit)
-        ending = [label for label in labels if label[0] + self.end[label[2] > 0] <= limit]
+        ending = [label for label in labels if label[0] + self.end[label[3][0] if label[3] else KEPT] <= limit]
         if not ending:
             return None
         _, _, _, chosen = min(ending, key=lambda label: (label[1], label[0]))
@@ -298,14 +306,14 @@ class Model:
     def estimate(self, choice: Sequence[int]) -> int:
         """Return the peak that is to be expected of a choice."""
         held, length, top = self.start, 0, 0
-        for hold, takes, kept_or_not in zip(self.holds, self.takes, choice, strict=True):
-            if kept_or_not == KEPT:
-                held, length = held + self.border * length // self.streams, 0
-            else:
+        for holds, takes, c in zip(self.holds, self.takes, choice, strict=True):
+            if c == REBUILT:
                 length = min(length + 1, self.streams)
-            top = max(top, held + takes[kept_or_not])
-            held += hold if kept_or_not == KEPT else 0
-        return max(top, held + self.end[length > 0])
+            else:
+                held, length = held + self.border * length // self.streams, 0
+            top = max(top, held + takes[c])
+            held += holds[c]
+        return max(top, held + self.end[choice[-1] if choice else KEPT])
 
     def _undominated(self, labels: list[Any], limit: float) -> list[Any]:
         """Drop each label that another beats in bytes and in cost, and thin them out where they are very many."""
@@ -322,7 +330,7 @@ class Model:
         return kept
 
     def cost(self, choice: Sequence[int]) -> int:
-        return sum(cost for cost, c in zip(self.costs, choice, strict=True) if c == REBUILT)
+        return sum(costs[c] for costs, c in zip(self.costs, choice, strict=True))
 
 
 class _Search:
@@ -332,19 +340,20 @@ class _Search:
 
     def within(self, budget: MemoryBudget) -> Assignment:
         """Return the cheapest choice found that keeps the budget."""
-        all_kept, all_rebuilt = (KEPT,) * len(self.units), (REBUILT,) * len(self.units)
+        all_kept, all_rebuilt, all_again = ((c,) * len(self.units) for c in (KEPT, REBUILT, AGAIN))
         most = self.peak(all_kept)
         size = int(budget.fraction * most) if budget.bytes is None and budget.fraction else budget.bytes or 0
         if most <= size:
             return self.assignment(all_kept)
-        self.peak(all_rebuilt)
-        model = self.model(self.tried[all_kept], self.tried[all_rebuilt])
+        for choice in (all_rebuilt, all_again):
+            self.peak(choice)
+        model = self.model(self.tried[all_kept], self.tried[all_rebuilt], self.tried[all_again])
         self.refine(model, size)
         self.keep_last(model, size)
         fitting = [choice for choice, taken in self.tried.items() if taken.peak <= size]
         if not fitting:
             # The same whatever the budget, so that a budget of the least finds it again.
-            least = self.least(model, (all_kept, all_rebuilt))
+            least = self.least(model, (all_kept, all_rebuilt, all_again))
             if self.peak(least) > size:
                 raise SpecError(
                     f"MemoryBudget: the budget is {size:,} bytes, but the least that this network takes on this input "
@@ -406,18 +415,20 @@ class _Search:
         last = choice[0] if choice else KEPT
         for i, step in enumerate(self.passes.steps):
             last = by_step.get(i, last)
-            # what has no inverse can be run again from its input
-            again = Checkpoint() if isinstance(step, Anchor) and step.block else Reverse()
-            result.append(StoreAll() if last == KEPT else again)
+            if last == REBUILT and isinstance(step, Anchor) and step.block:  # it has no inverse
+                result.append(Checkpoint())
+            else:
+                result.append((StoreAll(), Reverse(), Checkpoint())[last])
         return tuple(result)
 
-    def model(self, kept: Pass, rebuilt: Pass) -> Model:
-        """Return the estimate that two passes lead to: one that keeps all units, one that rebuilds all."""
+    def model(self, kept: Pass, rebuilt: Pass, again: Pass) -> Model:
+        """Return the estimate that three passes lead to: in each, one thing is done with all units."""
         number = len(self.units)
         border = kept.streams
-        kept_at, rebuilt_at = _Moments(kept, number), _Moments(rebuilt, number)
+        kept_at, rebuilt_at, again_at = (_Moments(each, number) for each in (kept, rebuilt, again))
         start = kept_at.held[0]
-        holds = tuple(after - before for before, after in zip(kept_at.held, kept_at.held[1:], strict=False))
+        holds = tuple((kept_at.holds(i), 0, again_at.holds(i)) for i in range(number))
+        costs = tuple((0, rebuilt.repeats[i], again.repeats[i]) for i in range(number))
         # what the runs before hold in the second pass
         held, earlier = [], 0
         for place, unit in enumerate(self.units):
@@ -428,13 +439,18 @@ class _Search:
             held.append(earlier)
         takes = tuple(
             (
-                max(kept_at.forward[i] - kept_at.held[i], kept_at.backward[i] - kept_at.held[i]),
+                kept_at.takes(i),
                 max(rebuilt_at.forward[i], rebuilt_at.backward[i]) - held[i] - start,
+                again_at.takes(i),
             )
             for i in range(number)
         )
-        end = kept_at.end - kept_at.held[-1], rebuilt_at.end - (held[-1] if held else 0) - start
-        return Model(holds, takes, rebuilt.repeats, end, border, start, self.passes.program.num_streams)
+        end = (
+            kept_at.end - kept_at.held[-1],
+            rebuilt_at.end - (held[-1] if held else 0) - start,
+            again_at.end - again_at.held[-1],
+        )
+        return Model(holds, takes, costs, end, border, start, self.passes.program.num_streams)
 
 
 class _Moments:
@@ -455,3 +471,9 @@ class _Moments:
             if mark.what in ("call", "end"):
                 self.held.append(mark.live)
             what, unit = mark.what, mark.unit
+
+    def holds(self, i: int) -> int:
+        return self.held[i + 1] - self.held[i]
+
+    def takes(self, i: int) -> int:
+        return max(self.forward[i], self.backward[i]) - self.held[i]
