@@ -6,6 +6,7 @@ Invariants T6 and T7 of ``docs/design.md`` live here; the tape decides when, thi
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,8 +18,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import _disable_current_modes
 
 from revcore.errors import InversionError
+from revcore_torch import outside
 
 _thread = threading.local()
+_NOTHING = contextlib.nullcontext()
 
 
 def is_recomputing() -> bool:
@@ -46,9 +49,18 @@ class recomputing:  # noqa: N801 - a context manager
         _thread.recomputing = self._before
 
 
+@contextlib.contextmanager
+def entered(contexts: Sequence[contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Be in all of them at once."""
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
 # --- random numbers ---------------------------------------------------------------------------------------------------
 
-RandomState = tuple[bytes, ...]
+RandomState = tuple[Any, ...]
 
 
 def random_devices(tensors: Sequence[Tensor]) -> tuple[torch.device, ...]:
@@ -58,34 +70,41 @@ def random_devices(tensors: Sequence[Tensor]) -> tuple[torch.device, ...]:
 
 
 def random_state(devices: tuple[torch.device, ...]) -> RandomState:
-    """Return the generators' states as bytes: compared and kept without a tensor that a dispatch mode would see."""
+    """Return the generators' states as bytes: compared and kept without a tensor that a dispatch mode would see.
+
+    After those of the devices come those of :mod:`revcore_torch.outside`.
+    """
     with _unseen():
-        return tuple(
-            (
-                torch.default_generator.get_state()
-                if device.type == "cpu"
-                else torch.get_device_module(device).get_rng_state(device)
-            )
-            .numpy()
-            .tobytes()
-            for device in devices
+        states = tuple(
+            [
+                (
+                    torch.default_generator.get_state()
+                    if device.type == "cpu"
+                    else torch.get_device_module(device).get_rng_state(device)
+                )
+                .numpy()
+                .tobytes()
+                for device in devices
+            ]
         )
+    return states + outside.states() if outside.recorded else states
 
 
 def set_random_state(devices: tuple[torch.device, ...], states: RandomState) -> None:
     with _unseen():
-        for device, state in zip(devices, states, strict=True):
+        for device, state in zip(devices, states, strict=False):
             tensor = torch.frombuffer(bytearray(state), dtype=torch.uint8)
             if device.type == "cpu":
                 torch.default_generator.set_state(tensor)
             else:
                 torch.get_device_module(device).set_rng_state(tensor, device)
+    outside.set_states(states[len(devices) :])
 
 
 def _unseen() -> contextlib.AbstractContextManager[Any]:
     """Keep dispatch modes out: they would count a state, or make it a fake tensor that has no bytes."""
     some = torch._C._len_torch_dispatch_stack()  # pyright: ignore[reportAttributeAccessIssue]
-    return _disable_current_modes() if some else contextlib.nullcontext()
+    return _disable_current_modes() if some else _NOTHING
 
 
 @contextlib.contextmanager
@@ -104,12 +123,66 @@ def check_random_state(devices: tuple[torch.device, ...], states: tuple[RandomSt
 
     One that drew nothing is right: what moved the generators meanwhile was no draw of the block's.
     """
-    if random_state(devices) not in states:
+    now = random_state(devices)
+    # a later pass may have begun to record more
+    if now != states[1] and not any(all(map(operator.eq, now, then)) for then in states):
         raise InversionError(
             f"block of step {index} drew other random numbers the second time: another thread drew from the same "
             "generator meanwhile (give it a torch.Generator of its own), a hook drew in one of the two runs only, or a "
             "lazy module drew its first weights (run the model once under torch.no_grad() before)"
         )
+
+
+class Generators:
+    """The generators that a block owns or is given, and their states from before."""
+
+    __slots__ = ("_before",)
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        self._before = _states(generators)
+
+    def settle(self) -> Generators | None:
+        """Call it after the block ran: forget those that did not move, and all if none did."""
+        now = _states([*self._before])
+        self._before = {generator: state for generator, state in self._before.items() if now[generator] != state}
+        return self if self._before else None
+
+    def take_back(self) -> None:
+        _set_states(self._before)
+
+    @contextlib.contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Put them into the states from before, and back."""
+        now = _states([*self._before])
+        _set_states(self._before)
+        try:
+            yield
+        finally:
+            _set_states(now)
+
+
+def generators_of(modules: Sequence[nn.Module]) -> list[torch.Generator]:
+    """Return the generators that modules hold as attributes. Those of torch hold none."""
+    found = []
+    for module in modules:
+        attributes = vars(module)
+        if len(attributes) > _NUM_ATTRIBUTES and type(module).__module__[:9] != "torch.nn.":
+            found += [value for value in attributes.values() if type(value) is torch.Generator]
+    return found
+
+
+_NUM_ATTRIBUTES = len(vars(nn.Module()))  # of a module that has none of its own
+
+
+def _states(generators: Sequence[torch.Generator]) -> dict[torch.Generator, bytes]:
+    with _unseen():
+        return {generator: generator.get_state().numpy().tobytes() for generator in generators}
+
+
+def _set_states(states: dict[torch.Generator, bytes]) -> None:
+    with _unseen():
+        for generator, state in states.items():
+            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
@@ -120,8 +193,8 @@ AutocastState = tuple[tuple[str, bool, torch.dtype, bool], ...]
 def autocast_state(devices: tuple[torch.device, ...]) -> AutocastState:
     """Return what ``torch.autocast`` does on each device type just now."""
     cache = torch.is_autocast_cache_enabled()
-    kinds = dict.fromkeys(d.type for d in devices)
-    return tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k), cache) for k in kinds)
+    kinds = dict.fromkeys([d.type for d in devices])
+    return tuple([(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k), cache) for k in kinds])
 
 
 @contextlib.contextmanager

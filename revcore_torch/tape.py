@@ -23,24 +23,39 @@ from revcore.errors import InversionError, SpecError
 from revcore.policy import Segment, StepPolicy, StoreAll, segments
 from revcore.program import Program
 from revcore.step import Anchor, Couple
-from revcore_torch import detect, replay
+from revcore_torch import detect, outside, replay
 from revcore_torch.keep import Kept, from_host, to_host
 from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, run_plain, version
 
 Handle = tuple[int, int]
 
+_NOTHING = contextlib.nullcontext()
+
 
 class Frame:
     """What the tape remembers of one step: no tensor of the streams' size."""
 
-    __slots__ = ("buffers", "call", "coupling_saved", "kept", "layout", "live", "parameters", "random", "saved")
+    __slots__ = (
+        "buffers",
+        "call",
+        "coupling_saved",
+        "generators",
+        "kept",
+        "layout",
+        "live",
+        "parameters",
+        "random",
+        "saved",
+    )
 
-    def __init__(self, call: Call, streams: Sequence[Tensor]) -> None:
+    def __init__(self, call: Call, streams: Sequence[Tensor], generators: Sequence[torch.Generator]) -> None:
         self.call = call
         self.layout = tuple((s.requires_grad, s.stride()) for s in streams)
         modules = replay.modules_of(call.block)
         self.parameters = replay.Parameters(modules)
         self.buffers = replay.Buffers(modules)
+        generators = [*generators, *replay.generators_of(modules)]
+        self.generators = replay.Generators(generators) if generators else None
         # of before and after: where one step's ends, the next one's begins, so it is one more in all
         self.random: tuple[replay.RandomState, replay.RandomState] | None = None
         self.saved: replay.Saved
@@ -98,6 +113,7 @@ class Tape:
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.flags = [leaves[i].requires_grad for i in self.places]
         self.devices = replay.random_devices((*streams, *(leaves[i] for i in self.places)))
+        self.generators = [leaf for leaf in self.constants if isinstance(leaf, torch.Generator)]
         self.autocast = replay.autocast_state(self.devices)
         self.random: replay.RandomState = replay.random_state(self.devices)
 
@@ -129,14 +145,14 @@ class Tape:
         # Invariant T2: every output that carries a gradient passes through the node that keeps them.
         through = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if through:
-            with saved_tensors_hooks(to_host, from_host) if self.offload else contextlib.nullcontext():
+            with saved_tensors_hooks(to_host, from_host) if self.offload else _NOTHING:
                 results = _Keep.apply(self, kept, *(outputs[i] for i in through))
             for i, leaf in zip(through, results, strict=True):
                 outputs[i] = leaf
         return pytree.tree_unflatten(outputs, spec)
 
     def _first(self, call: Call, streams: Streams, arguments: Arguments) -> tuple[Streams, tuple[Any, ...]]:
-        frame, index = Frame(call, streams), len(self.frames)
+        frame, index = Frame(call, streams, self.generators), len(self.frames)
         self.frames.append(frame)
         first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         frame.live = live = replay.Live()
@@ -156,6 +172,8 @@ class Tape:
         frame.live = None
         live.tensors.clear()
         frame.buffers.settle()
+        if frame.generators is not None:
+            frame.generators = frame.generators.settle()
         if frame.saved.metas:
             # Invariant T3. A step that saved nothing is never asked for, and its grad_fn may be another step's.
             changed = (streams[call.step.target],) if isinstance(call.step, Couple) else streams
@@ -168,6 +186,8 @@ class Tape:
         """Leave buffers and generators as they were before :meth:`record`, which failed, or a later tape's did."""
         for frame in reversed(self.frames):
             frame.buffers.take_back()
+            if frame.generators is not None:
+                frame.generators.take_back()
         replay.set_random_state(self.devices, self.random)
         # T8: an object among them may hold this graph, and the graph the tape
         self.constants = []
@@ -329,21 +349,24 @@ class Tape:
         """Everything that makes the second run of a block equal the first (T6, T7)."""
         toggled = frame.parameters.check(frame.call.index)
         collect = _Collect(collected, len(frame.saved.metas) if stop else None, self._has_drawn, frame)
-        with contextlib.ExitStack() as stack:
-            if toggled:
-                stack.enter_context(replay.toggled(toggled))
-            if frame.random is not None:
-                stack.enter_context(replay.random_state_as(self.devices, frame.random[0]))
-            if replay.autocast_state(self.devices) != self.autocast:
-                stack.enter_context(replay.autocast_as(self.devices, self.autocast))
-            if frame.buffers.moved:
-                stack.enter_context(frame.buffers.as_before())
-            with (
-                replay.recomputing(),
-                saved_tensors_hooks(collect, collected.__getitem__),
-                torch.enable_grad(),
-            ):
-                yield
+        around: list[contextlib.AbstractContextManager[Any]] = []
+        if toggled:
+            around.append(replay.toggled(toggled))
+        if frame.random is not None:
+            around.append(replay.random_state_as(self.devices, frame.random[0]))
+        if replay.autocast_state(self.devices) != self.autocast:
+            around.append(replay.autocast_as(self.devices, self.autocast))
+        if frame.buffers.moved:
+            around.append(frame.buffers.as_before())
+        if frame.generators is not None:
+            around.append(frame.generators.as_before())
+        with (
+            replay.entered(around) if around else _NOTHING,
+            replay.recomputing(),
+            saved_tensors_hooks(collect, collected.__getitem__),
+            torch.enable_grad(),
+        ):
+            yield
 
     def _has_drawn(self, frame: Frame) -> bool:
         """Return whether a block that runs again has drawn all that it will."""
@@ -352,7 +375,7 @@ class Tape:
     def _evaluate_again(self, frame: Frame, streams: Sequence[Tensor], arguments: Arguments) -> Any:
         index = frame.call.index
         try:
-            with frame.kept.again(self.devices, index) if frame.kept is not None else contextlib.nullcontext():
+            with frame.kept.again(self.devices, index) if frame.kept is not None else _NOTHING:
                 f, _ = frame.call.evaluate(streams, arguments)
         finally:
             if frame.kept is not None and not _keeps_graph():
@@ -457,31 +480,49 @@ def run(
     """Run ``program`` under ``policy``: the streams in their own order, and one tuple of auxiliary outputs a block."""
     _keep_dynamo_out()
     calls = make_calls(program, blocks)
-    aux: list[tuple[Any, ...]] = []
     plan = segments(
         [not isinstance(step, Anchor) for step in program.unrolled], policy if _can_record() else StoreAll()
     )
+    if all(segment.kind == "store" for segment in plan):
+        return _run_plan(plan, calls, streams, arguments, [])
     tapes: list[Tape] = []
-    contents = arguments.contents()
+    contents, glanced = arguments.contents(), outside.glance()
     try:
-        for segment in plan:
-            here = calls[segment.start : segment.stop]
-            if segment.kind == "store":
-                with saved_tensors_hooks(to_host, from_host) if segment.offload else contextlib.nullcontext():
-                    streams, extra = run_plain(here, streams, arguments)
-            else:
-                tapes.append(Tape(segment, streams, arguments))
-                streams, extra = tapes[-1].record(here, streams, arguments)
-            aux += extra
-        if tapes:
-            check_contents(contents, arguments.contents())
+        result = _run_plan(plan, calls, streams, arguments, tapes)
+        check_contents(contents, arguments.contents())
     except BaseException:
-        for tape in reversed(tapes):
-            tape.take_back()
+        _take_back(tapes)
+        outside.put_back(glanced)
         raise
+    if moved := outside.put_back(glanced):
+        outside.recorded += moved
+        _take_back(tapes)
+        del result, tapes
+        return run(program, blocks, streams, arguments, policy)
     for tape in tapes:
         tape.keep()
+    return result
+
+
+def _run_plan(
+    plan: Sequence[Segment], calls: Sequence[Call], streams: Streams, arguments: Arguments, tapes: list[Tape]
+) -> tuple[Streams, list[tuple[Any, ...]]]:
+    aux: list[tuple[Any, ...]] = []
+    for segment in plan:
+        here = calls[segment.start : segment.stop]
+        if segment.kind == "store":
+            with saved_tensors_hooks(to_host, from_host) if segment.offload else _NOTHING:
+                streams, extra = run_plain(here, streams, arguments)
+        else:
+            tapes.append(Tape(segment, streams, arguments))
+            streams, extra = tapes[-1].record(here, streams, arguments)
+        aux += extra
     return streams, aux
+
+
+def _take_back(tapes: Sequence[Tape]) -> None:
+    for tape in reversed(tapes):
+        tape.take_back()
 
 
 def _can_record() -> bool:

@@ -193,7 +193,7 @@ def test_double_backward_of_a_gradient_alone(model):
 
 
 @ask.same("forces: the loss on the gradient alone, several passes of it", tolerance=1e-10)
-def test_forces(model):
+def test_gradients_of_a_gradient_alone(model):
     x = make_input()
     (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     rows = [torch.autograd.grad(g[i].pow(2).sum(), x, retain_graph=True, create_graph=i < 2)[0] for i in range(3)]

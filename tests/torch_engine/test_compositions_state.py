@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 import revcore
 import revcore_torch
-from revcore_torch import Checkpoint, Reverse, ReversibleSequential
+from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll, outside
 
 chance = Section("Random numbers in blocks")
 
@@ -73,46 +73,110 @@ class OwnGenerator(nn.Module):
         return torch.tanh(self.linear(x)) * torch.rand(x.shape, generator=self.generator, dtype=x.dtype)
 
 
-@chance.works(
-    "a block draws from a `torch.Generator` of its own",
-    bug="wrong gradient: the second run draws other numbers",
-)
+def equal_under_each_policy(run: Any, *policies: Any) -> None:
+    expected = run(StoreAll())
+    for policy in policies or (Reverse(), Reverse(anchor_every=2), Checkpoint(), Checkpoint(every=2)):
+        for a, b in zip(run(policy), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@chance.works("a block draws from a `torch.Generator` of its own", note="an attribute of one of its modules")
 def test_own_generator():
     def run(policy):
         torch.manual_seed(0)
         model = ReversibleSequential(OwnGenerator(WIDTH), OwnGenerator(WIDTH), policy=policy).double()
         return [*train(model), torch.rand(3, generator=model[0].generator)]
 
-    equal_or_refused(run)
+    equal_under_each_policy(run)
+
+
+@chance.works("blocks draw from a `torch.Generator` that they are given")
+def test_given_generator():
+    def run(policy):
+        generator = torch.Generator().manual_seed(1)
+        noise = Apply(lambda x, g: x.sin() * torch.rand(x.shape, generator=g, dtype=x.dtype))
+        return [*train(ReversibleSequential(noise, noise, noise, policy=policy), generator), generator.get_state()]
+
+    equal_under_each_policy(run)
+
+
+@chance.works("the same, and a later block fails: the generators are put back")
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_own_generator_of_a_failed_pass(policy):
+    model = ReversibleSequential(OwnGenerator(WIDTH), Apply(fail), policy=policy).double()
+    before = model[0].generator.get_state()
+    with pytest.raises(KeyError, match="told to"):
+        model(make_input())
+    assert torch.equal(model[0].generator.get_state(), before)
+
+
+def fail(*_: Any) -> None:
+    raise KeyError("told to")
+
+
+@pytest.fixture
+def as_if_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block of this process drew from them before."""
+    monkeypatch.setattr(outside, "recorded", [])
+
+
+DRAWS = {
+    "random": (random.random, random.getstate),
+    "gauss": (lambda: random.gauss(0, 1), random.getstate),
+    "numpy": (np.random.rand, lambda: str(np.random.get_state())),  # noqa: NPY002 - as users have it
+    "numpy, normal": (np.random.randn, lambda: str(np.random.get_state())),  # noqa: NPY002
+}
+drawing = pytest.mark.parametrize(("draw", "state"), DRAWS.values(), ids=DRAWS)
 
 
 @chance.works(
-    "a block draws from Python's `random`",
-    bug="wrong gradient: the second run draws other numbers",
+    "a block draws from Python's `random`, or from `numpy.random`",
+    note="in a process's first such pass, the forward pass runs twice: the engine records their states from then on",
 )
-def test_pythons_random():
-    equal_or_refused(lambda policy: drawing(random.random, policy))
+@drawing
+def test_other_generators(as_if_new, draw, state):
+    def run(policy):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        blocks = [nn.Sequential(nn.BatchNorm1d(WIDTH), Apply(lambda x: torch.sin(x) * draw())) for _ in range(4)]
+        model = ReversibleSequential(*blocks, policy=policy).double()
+        results = [*train(model), *train(model), *(b.double() for b in model.buffers())]
+        states.append(state())
+        return [*results, torch.tensor(draw())]
+
+    states: list[Any] = []
+    for _ in range(2):
+        equal_under_each_policy(run)
+    assert all(s == states[0] for s in states)
 
 
-@chance.works(
-    "a block draws from `numpy.random`",
-    bug="wrong gradient: the second run draws other numbers",
-)
-def test_numpys_random():
-    equal_or_refused(lambda policy: drawing(np.random.rand, policy))
+@chance.works("the same, and a later block fails: they are put back")
+@drawing
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_other_generators_of_a_failed_pass(as_if_new, policy, draw, state):
+    model = ReversibleSequential(Apply(lambda x: torch.sin(x) * draw()), Apply(fail), policy=policy)
+    before = state()
+    with pytest.raises(KeyError, match="told to"):
+        model(make_input())
+    assert state() == before
 
 
-def drawing(draw: Any, policy: Any) -> list[Any]:
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 - as above
-    blocks = [Apply(lambda x: torch.sin(x) * draw()) for _ in range(3)]
-    return [*train(ReversibleSequential(*blocks, policy=policy)), torch.tensor(draw())]
+@chance.works("another thread draws from them meanwhile")
+@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
+def test_another_thread_draws_from_others(as_if_new, policy):
+    def disturbed(x: Tensor) -> Tensor:
+        thread = threading.Thread(target=random.random)
+        thread.start()
+        thread.join()
+        return x.sin()
+
+    equal_under_each_policy(lambda policy: train(ReversibleSequential(*[Apply(disturbed)] * 3, policy=policy)), policy)
 
 
 def equal_or_refused(run: Any) -> None:
     """Either way is right; a wrong number is not."""
-    expected = run(revcore_torch.StoreAll())
+    expected = run(StoreAll())
     for policy in (Reverse(), Checkpoint()):
         try:
             got = run(policy)
@@ -313,9 +377,6 @@ def test_replaced_buffer(model):
 @buffers.works("the same, and a later block fails: the old buffer is put back")
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
 def test_replaced_buffer_of_a_failed_pass(policy):
-    def fail(*_: Any) -> None:
-        raise KeyError("told to")
-
     model = ReversibleSequential(Replaced(WIDTH), Replaced(WIDTH), policy=policy).double()
     before = list(model.buffers())
     model[1].register_forward_hook(fail)
