@@ -99,7 +99,7 @@ def test_dropout_without_reversing(policy):
 
 
 @one.same("under `torch.no_grad`, dropout too", settings=REVERSE)
-def test_no_grad(model):
+def test_compiled_no_grad(model):
     with torch.no_grad():
         return compile_whole(model)(make_input())
 
@@ -124,7 +124,7 @@ def test_arguments(model):
 
 
 @one.same("arguments for each block", make=Scaled, settings=REVERSE)
-def test_layerwise(model):
+def test_compiled_layerwise(model):
     each = [torch.full((WIDTH,), float(i), dtype=torch.float64, requires_grad=True) for i in range(5)]
     x = make_input()
     y = compile_whole(model)(x, layerwise_args_kwargs=[(((e, 1.0),), {}) for e in each])
@@ -254,7 +254,7 @@ OUTSIDE = "runs outside of the graph: "
     note="one graph break; blocks are compiled each by itself, as the model is, and memory is flat in depth",
     settings={name: SETTINGS[name] for name in ("reverse", "a policy for each step")},
 )
-def test_dropout(model):
+def test_compiled_dropout(model):
     x = make_input()
     run = torch.compile(model, backend="aot_eager") if isinstance(model, ReversibleSequential) else model
     run(x).pow(2).sum().backward()
@@ -262,7 +262,7 @@ def test_dropout(model):
 
 
 @two.same("batch statistics", make=batch_norm_block, settings=REVERSE)
-def test_statistics(model):
+def test_compiled_statistics(model):
     x = make_input()
     run = torch.compile(model, backend="aot_eager") if isinstance(model, ReversibleSequential) else model
     run(x).pow(2).sum().backward()
