@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from revcore.errors import InversionError
@@ -192,18 +194,77 @@ AutocastState = tuple[tuple[str, bool, torch.dtype, bool], ...]
 
 def autocast_state(devices: tuple[torch.device, ...]) -> AutocastState:
     """Return what ``torch.autocast`` does on each device type just now."""
+    return _autocast_state(kinds_of(devices))
+
+
+def kinds_of(devices: Sequence[torch.device]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(d.type for d in devices))
+
+
+def _autocast_state(kinds: tuple[str, ...]) -> AutocastState:
     cache = torch.is_autocast_cache_enabled()
-    kinds = dict.fromkeys([d.type for d in devices])
     return tuple([(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k), cache) for k in kinds])
 
 
 @contextlib.contextmanager
-def autocast_as(devices: tuple[torch.device, ...], state: AutocastState) -> Iterator[None]:
+def autocast_as(state: AutocastState) -> Iterator[None]:
     """Make autocast do what it did."""
     with contextlib.ExitStack() as stack:
         for kind, enabled, dtype, cache in state:
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
         yield
+
+
+# --- what else is set around a forward pass --------------------------------------------------------------------------
+
+Settings = tuple[AutocastState, torch.dtype, torch.device | None, tuple[bool, ...]]
+
+
+def settings(kinds: tuple[str, ...]) -> Settings:
+    """Return what is set just now, in this thread or everywhere, and changes what the operations of a block do."""
+    return (
+        _autocast_state(kinds),
+        torch.get_default_dtype(),
+        _default_device(),
+        # as torch.backends.cuda has them, but asked at each step
+        (
+            torch._C._get_flash_sdp_enabled(),
+            torch._C._get_mem_efficient_sdp_enabled(),
+            torch._C._get_math_sdp_enabled(),
+            torch._C._get_cudnn_sdp_enabled(),
+        ),
+    )
+
+
+@contextlib.contextmanager
+def settings_as(then: Settings) -> Iterator[None]:
+    """Set what was set."""
+    autocast, dtype, device, attention = then
+    kernels = [kernel for kernel, enabled in zip(_KERNELS, attention, strict=True) if enabled]
+    dtype_now = torch.get_default_dtype()
+    with autocast_as(autocast), torch.device(device or "cpu"), sdpa_kernel([*kernels, SDPBackend.OVERRIDEABLE]):
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype_now)
+
+
+_KERNELS = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+    SDPBackend.CUDNN_ATTENTION,
+)
+
+
+def _default_device() -> torch.device | None:
+    """Return the device of ``with torch.device(…)`` or ``torch.set_default_device``; ``None`` where there is none."""
+    for i in reversed(range(torch._C._len_torch_function_stack())):
+        mode = torch._C._get_function_stack_at(i)
+        if isinstance(mode, DeviceContext):
+            return mode.device
+    return None
 
 
 # --- buffers and parameters -------------------------------------------------------------------------------------------

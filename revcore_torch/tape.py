@@ -114,7 +114,8 @@ class Tape:
         self.flags = [leaves[i].requires_grad for i in self.places]
         self.devices = replay.random_devices((*streams, *(leaves[i] for i in self.places)))
         self.generators = [leaf for leaf in self.constants if isinstance(leaf, torch.Generator)]
-        self.autocast = replay.autocast_state(self.devices)
+        self.kinds = replay.kinds_of(self.devices)
+        self.settings = replay.settings(self.kinds)
         self.random: replay.RandomState = replay.random_state(self.devices)
 
     # --- forward ------------------------------------------------------------------------------------------------------
@@ -354,8 +355,8 @@ class Tape:
             around.append(replay.toggled(toggled))
         if frame.random is not None:
             around.append(replay.random_state_as(self.devices, frame.random[0]))
-        if replay.autocast_state(self.devices) != self.autocast:
-            around.append(replay.autocast_as(self.devices, self.autocast))
+        if replay.settings(self.kinds) != self.settings:
+            around.append(replay.settings_as(self.settings))
         if frame.buffers.moved:
             around.append(frame.buffers.as_before())
         if frame.generators is not None:
