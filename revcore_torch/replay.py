@@ -77,30 +77,28 @@ def random_state(devices: tuple[torch.device, ...]) -> RandomState:
     After those of the devices come those of :mod:`revcore_torch.outside`.
     """
     with _unseen():
-        states = tuple(
-            [
-                (
-                    torch.default_generator.get_state()
-                    if device.type == "cpu"
-                    else torch.get_device_module(device).get_rng_state(device)
-                )
-                .numpy()
-                .tobytes()
-                for device in devices
-            ]
-        )
+        states = tuple([_get(device).numpy().tobytes() for device in devices])
     return states + outside.states() if outside.recorded else states
 
 
 def set_random_state(devices: tuple[torch.device, ...], states: RandomState) -> None:
     with _unseen():
         for device, state in zip(devices, states, strict=False):
-            tensor = torch.frombuffer(bytearray(state), dtype=torch.uint8)
-            if device.type == "cpu":
-                torch.default_generator.set_state(tensor)
-            else:
-                torch.get_device_module(device).set_rng_state(tensor, device)
+            _set(device, torch.frombuffer(bytearray(state), dtype=torch.uint8))
     outside.set_states(states[len(devices) :])
+
+
+def _get(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.default_generator.get_state()
+    return torch.get_device_module(device).get_rng_state(device)
+
+
+def _set(device: torch.device, state: Tensor) -> None:
+    if device.type == "cpu":
+        torch.default_generator.set_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _unseen() -> contextlib.AbstractContextManager[Any]:
@@ -112,12 +110,17 @@ def _unseen() -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def random_state_as(devices: tuple[torch.device, ...], states: RandomState) -> Iterator[None]:
     """Put the generators into ``states`` and back."""
-    before = random_state(devices)
+    with _unseen():
+        before = [_get(device) for device in devices]
+    others = outside.states()
     set_random_state(devices, states)
     try:
         yield
     finally:
-        set_random_state(devices, before)
+        with _unseen():
+            for device, state in zip(devices, before, strict=True):
+                _set(device, state)
+        outside.set_states(others)
 
 
 def check_random_state(devices: tuple[torch.device, ...], states: tuple[RandomState, RandomState], index: int) -> None:
