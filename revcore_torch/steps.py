@@ -89,7 +89,7 @@ class Arguments:
         if not given:
             return [], None
         leaves, spec = pytree.tree_flatten(given)
-        return leaves + [tensor for leaf in leaves for tensor in _tensors_within(leaf)], spec
+        return leaves + [tensor for leaf in leaves for tensor in tensors_within(leaf)], spec
 
     def of(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.layerwise is None or call.number is None:
@@ -101,14 +101,14 @@ class Arguments:
 _CONSTANTS = (Tensor, nn.Module, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
-def _tensors_within(value: Any, depth: int = 2) -> Iterator[Tensor]:
+def tensors_within(value: Any, depth: int = 2) -> Iterator[Tensor]:
     """Yield the tensors that an object holds in its attributes, such as a key-value cache."""
     if depth and not isinstance(value, _CONSTANTS) and not callable(value):
         for leaf in pytree.tree_leaves(getattr(value, "__dict__", {})):
             if isinstance(leaf, Tensor):
                 yield leaf
             else:
-                yield from _tensors_within(leaf, depth - 1)
+                yield from tensors_within(leaf, depth - 1)
 
 
 def check_contents(before: tuple[list[Any], Any], now: tuple[list[Any], Any]) -> None:

@@ -25,7 +25,7 @@ from revcore.program import Program
 from revcore.step import Anchor, Couple
 from revcore_torch import detect, outside, replay
 from revcore_torch.keep import Kept, from_host, to_host
-from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, run_plain, version
+from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, run_plain, tensors_within, version
 
 Handle = tuple[int, int]
 
@@ -104,7 +104,7 @@ class Tape:
         self.recompute, self.offload = segment.recompute, segment.offload
         self.frames: list[Frame] = []
         self.node: weakref.ref[Any] | None = None
-        # what a pass with create_graph=True left for those over the gradient's graph, in which the node is not
+        # for what has no part in the node: a gradient's own graph (create_graph=True), and extra outputs in objects
         self.left: list[tuple[Tensor, int]] = []
         self.current: Pass | None = None
         # T8: tensors stay with the graph; the tape keeps their places
@@ -145,6 +145,8 @@ class Tape:
         outputs, spec = pytree.tree_flatten((streams, aux))
         # Invariant T2: every output that carries a gradient passes through the node that keeps them.
         through = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if any(True for leaf in outputs for _ in tensors_within(leaf)):
+            self.left = [(t.detach(), version(t)) for t in kept]
         if through:
             with saved_tensors_hooks(to_host, from_host) if self.offload else _NOTHING:
                 results = _Keep.apply(self, kept, *(outputs[i] for i in through))
@@ -251,7 +253,7 @@ class Tape:
         kept = self._kept()
         if task != -1:
             if torch.is_grad_enabled():
-                self.left = [(t.detach(), t._version) for t in kept]
+                self.left = [(t.detach(), version(t)) for t in kept]
             elif not _keeps_graph():
                 self.left = []
         num_streams = len(kept) - len(self.places)
@@ -271,10 +273,10 @@ class Tape:
                 "a gradient was asked of a tensor inside a reversible network whose outputs are gone, and the rebuild "
                 "starts from them: keep the outputs until after the backward pass, or use policy=StoreAll()"
             )
-        if any(t._version != version for t, version in self.left):
+        if any(version(t) != then for t, then in self.left):
             raise InversionError(
-                "an output or argument of a reversible network was changed in place after a backward pass with "
-                "create_graph=True, and the next one starts from it: change a clone"
+                "an output or argument of a reversible network was changed in place, and a backward pass starts from "
+                "it: change a clone"
             )
         return [t for t, _ in self.left]
 

@@ -87,6 +87,10 @@ class Section:
         """List a test that makes its own comparison."""
         return lambda test: self._add(test, what, "works", note, bug)
 
+    def differs(self, what: str, how: str, *, note: str = "") -> Callable[[Any], Any]:
+        """List a test that shows a limit: what comes out otherwise than in the plain network, and how."""
+        return lambda test: self._add(test, what, f"**differs**: {how}", note, "")
+
     def refuses(self, what: str, error: type[BaseException], text: str, *, note: str = "") -> Callable[[Any], Any]:
         """List a test in which an error with that text is raised, inside ``with refused:``."""
 
@@ -132,7 +136,8 @@ def markdown() -> str:
         "What a person does around and inside a reversible network, and what comes of it. *Works* means: values,",
         "gradients, buffers, counts and order of hooks, and the random state afterwards are those of a network written",
         "out by hand that keeps everything; under `Reverse()`, with anchors, and under `Checkpoint()`. Other rows hold",
-        "the words of the error that a user sees, or name a bug that is known and not yet mended.",
+        "the words of the error that a user sees, or say how the result *differs*; a **bug** is known and not yet",
+        "mended.",
         "",
         f"{len(rows)} compositions, each a test in `tests/torch_engine`. This file is written by",
         "`python tests/torch_engine/registry.py`, and a test compares it with the tests.",

@@ -413,21 +413,12 @@ def test_dataclass_output(model):
     return x.grad
 
 
-@extra.works(
-    "the same, the loss on it alone and the output dropped",
-    bug="`InversionError`: the outputs are gone (the object is no pytree)",
-)
-@pytest.mark.parametrize("policy", [Reverse(), Checkpoint()], ids=str)
-def test_dataclass_output_alone(policy):
-    grads = []
-    for p in (StoreAll(), policy):
-        torch.manual_seed(0)
-        model = ReversibleSequential(*[Returns(WIDTH, lambda h: [Context(h.mean())]) for _ in range(3)], policy=p)
-        x = make_input()
-        aux = model.double().eval()(x)[1]
-        torch.stack([a.a for (a,) in aux]).sum().backward()
-        grads.append(x.grad)
-    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+@extra.same("the same, the loss on it alone and the output dropped", make=returning(lambda h: [Context(h.mean())]))
+def test_dataclass_output_alone(model):
+    x = make_input()
+    aux = model(x)[1]
+    torch.stack([a.a for (a,) in aux]).sum().backward()
+    return x.grad
 
 
 @extra.same("integer outputs (chosen experts), detached outputs", make=returning(lambda h: [h.argmax(1), h.detach()]))
