@@ -2,7 +2,8 @@
 
 To see whether they moved costs little once in a forward pass, and too much at each step. So at first they are only
 looked at. When a pass moved one, that pass is taken back and runs again; from then on its state is recorded at each
-step, as those of torch's generators are. A thread that draws from them meanwhile costs time, and changes no gradient.
+step, as those of torch's generators are (T6). A thread that draws from them meanwhile costs time, and changes no
+gradient.
 """
 
 from __future__ import annotations

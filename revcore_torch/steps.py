@@ -112,7 +112,7 @@ def tensors_within(value: Any, depth: int = 2) -> Iterator[Tensor]:
 
 
 def check_contents(before: tuple[list[Any], Any], now: tuple[list[Any], Any]) -> None:
-    """Refuse a forward pass in which a block put something into one of its arguments, or took something out."""
+    """T15: refuse a forward pass in which a block put something into one of its arguments, or took something out."""
     if before[1] != now[1] or [*map(id, before[0])] != [*map(id, now[0])]:
         raise SpecError(
             "a block changed what an argument holds (a list, a dict, or an object with tensors), so it would meet "

@@ -463,7 +463,7 @@ class Stateful(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return torch.tanh(self.linear(x)) / self.calls
+        return torch.tanh(self.linear(x) / self.calls)
 
 
 class Checkpointed(nn.Module):
