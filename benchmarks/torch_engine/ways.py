@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from benchmarks.torch_engine.workloads import Blocks
-from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
+from revcore_torch import Checkpoint, MemoryBudget, Reverse, ReversibleSequential, StoreAll
 
 Net = Callable[[Tensor], Tensor]
 Run = Callable[..., Any]
@@ -90,11 +90,15 @@ def ways(depth: int) -> list[Way]:
         *(_ours(f"Reverse(keep_last={n})", Reverse(keep_last=n), frontier=True) for n in some),
         *(_ours(f"Reverse(anchor_every={n})", Reverse(anchor_every=n), frontier=True) for n in every),
         *(
-            _ours(f"Reverse(recompute={name})", Reverse(recompute=kept), frontier=True)  # pyright: ignore
+            _ours(f"Reverse(recompute={name})", Reverse(recompute=kept), frontier=True)
             for name, kept in selections.items()
-            if "recompute" in {field.name for field in fields(Reverse)}
         ),
         *(_ours(f"Checkpoint({n})", Checkpoint(every=n), frontier=True) for n in (1, 2, *every)),
+        *(
+            _ours(f"Checkpoint(), last {n} stored", [Checkpoint()] * (depth - n) + [StoreAll()] * n, frontier=True)
+            for n in some
+        ),
+        *(_ours(f"MemoryBudget({share})", MemoryBudget(fraction=share), frontier=True) for share in (0.15, 0.25, 0.5)),
     ]
 
 
