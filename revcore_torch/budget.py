@@ -247,7 +247,9 @@ class _Passes:
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
-KEPT, REBUILT, AGAIN = 0, 1, 2
+KEPT: int = 0
+REBUILT: int = 1
+AGAIN: int = 2
 """What may be done with a unit: kept whole, rebuilt from what follows, run again from its kept input."""
 
 Three = tuple[int, int, int]
