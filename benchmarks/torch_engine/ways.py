@@ -65,6 +65,7 @@ def ways(depth: int) -> list[Way]:
     """Return all ways for networks of ``depth`` blocks, store-all first."""
     some = sorted({depth // 8, depth // 4, depth // 2, 3 * depth // 4} - {0})
     every = [n for n in (4, 8) if n < depth]
+    shares = (0.2, 0.3, 0.5) if depth >= 16 else ()  # shares of a shallow network are less than it needs
     selections = {"matmuls": MATMULS, "attention": ATTENTION}
     return [
         _ours(STORE_ALL, StoreAll(), family="stored"),
@@ -98,7 +99,7 @@ def ways(depth: int) -> list[Way]:
             _ours(f"Checkpoint(), last {n} stored", [Checkpoint()] * (depth - n) + [StoreAll()] * n, frontier=True)
             for n in some
         ),
-        *(_ours(f"MemoryBudget({share})", MemoryBudget(fraction=share), frontier=True) for share in (0.15, 0.25, 0.5)),
+        *(_ours(f"MemoryBudget({share})", MemoryBudget(fraction=share), frontier=True) for share in shares),
     ]
 
 
