@@ -6,32 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from revcore.errors import SpecError
+from revcore.pictures import GREY, STYLE, load_pyplot
 from revcore_torch.planner import Plan, in_bytes, name_of
 
 GIB = 2**30
-_GREY = "#666666"
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers say the same once more.
 _COLORS = ("#D55E00", "#CC79A7", "#0072B2", "#56B4E9", "#E69F00", "#009E73", "#000000")
 _MARKERS = "os^vPDX"
 _PARTS = {"parameters": "#bbbbbb", "gradients": "#d6d6d6", "optimizer": "#ebebeb"}
-_STYLE = {
-    "font.size": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "savefig.dpi": 130,
-    "savefig.bbox": "tight",
-}
 
 
 def bars(path: Any, plan: Plan) -> None:
     """Draw what each policy takes, one bar a policy: model, gradients and optimizer, then the passes' own."""
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    pyplot = load_pyplot()
+    with pyplot.rc_context(STYLE):
         figure, axis = pyplot.subplots(figsize=(9, 1.4 + 0.5 * len(plan.rows)))
         names, start = [name_of(row.policy) for row in plan.rows], 0.0
         for part, color in _PARTS.items():
@@ -54,8 +42,8 @@ def bars(path: Any, plan: Plan) -> None:
 
 def curves(path: Any, plans: Sequence[Plan], what: str) -> None:
     """Draw the passes' peak against depth, a curve a policy; every plan has the same policies, in one order."""
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    pyplot = load_pyplot()
+    with pyplot.rc_context(STYLE):
         figure, axis = pyplot.subplots(figsize=(9, 5))
         depths = [plan.depth for plan in plans]
         for i, rows in enumerate(zip(*(plan.rows for plan in plans), strict=True)):
@@ -69,7 +57,7 @@ def curves(path: Any, plans: Sequence[Plan], what: str) -> None:
         axis.set_xlabel("depth (steps)")
         axis.set_ylabel("GiB at the passes' peak, beyond the model")
         axis.set_title("Peak memory by policy and depth, planned on fake tensors", fontweight="bold", pad=26)
-        axis.annotate(what, (0, 1), (0, 9), "axes fraction", textcoords="offset points", color=_GREY, fontsize=10)
+        axis.annotate(what, (0, 1), (0, 9), "axes fraction", textcoords="offset points", color=GREY, fontsize=10)
         axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1))  # beside the curves, which fill the axes
         _save(pyplot, figure, path)
 
@@ -81,14 +69,3 @@ def _save(pyplot: Any, figure: Any, path: Any) -> None:
         raise SpecError(f"the picture cannot be written to {path}: {error}") from error
     finally:
         pyplot.close(figure)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SpecError("matplotlib is not installed, which a picture needs: pip install 'revcore-nn[demo]'") from error
-    matplotlib.use("Agg")  # writes files, needs no display
-    from matplotlib import pyplot
-
-    return pyplot

@@ -12,7 +12,7 @@ Nothing here runs but under dynamo, which loads this module.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,7 +30,8 @@ from revcore.policy import MemoryBudget, Policy, Segment, StoreAll, check_policy
 from revcore.program import Program
 from revcore.step import Anchor, Couple, Primitive
 from revcore_torch import fakes, replay
-from revcore_torch.functional import check, eager
+from revcore_torch.detect import nodes_of
+from revcore_torch.functional import as_is, check, eager
 from revcore_torch.steps import Arguments, Streams, make_calls
 
 
@@ -134,12 +135,13 @@ def joined(
     if plan.outside is not None:
         result = _OUTSIDE[plan.outside](owner, blocks, streams, args, kwargs, layerwise, policy)
         return (join(result[0]), result[1]) if isinstance(result[0], tuple) else join(result)
+    arguments = Arguments(args, kwargs, layerwise)
     for segment in plan.segments:
         steps = plan.steps[segment.start : segment.stop]
         if segment.kind == "store":
-            streams = _forward(steps, blocks, streams, args, kwargs, layerwise)
+            streams = _forward(steps, blocks, streams, arguments)
         elif segment.kind == "checkpoint":
-            streams = checkpoint(_forward, steps, blocks, streams, args, kwargs, layerwise, use_reentrant=False)
+            streams = checkpoint(_forward, steps, blocks, streams, arguments, use_reentrant=False)
         else:
             streams = _reverse(steps, blocks, plan.autocast, streams, leaves, spec)
     return join(tuple(streams[i] for i in plan.output))
@@ -168,10 +170,10 @@ class _Reverse(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, steps: Any, blocks: Any, autocast: Any, shape: Any, *tensors: Tensor) -> Streams:
-        streams, (args, kwargs, layerwise), parameters = _part(shape, tensors)
+        streams, arguments, parameters = _part(shape, tensors)
         for step in steps:
             own = [parameters[number] for number in step.owned]
-            streams = _merge(step, streams, _evaluate(step, blocks, own, streams, args, kwargs, layerwise))
+            streams = _merge(step, streams, _evaluate(step, blocks, own, streams, arguments))
         ctx.steps, ctx.blocks, ctx.autocast, ctx.shape = steps, blocks, autocast, shape
         ctx.save_for_backward(*streams, *tensors[len(streams) :])
         return streams
@@ -191,12 +193,12 @@ class _Reverse(torch.autograd.Function):
                 mine = list(tensors)
                 for i, t in zip(wanted, chosen, strict=True):
                     mine[i] = t
-                args, kwargs, layerwise = _arguments(ctx.shape, mine)
+                arguments = _arguments(ctx.shape, mine)
                 if not ctx.autocast:
-                    return _evaluate(step, ctx.blocks, own, streams, args, kwargs, layerwise)
+                    return _evaluate(step, ctx.blocks, own, streams, arguments)
                 kind, _, dtype, cache = ctx.autocast[0]
                 with torch.autocast(kind, dtype=dtype, cache_enabled=cache):
-                    return _evaluate(step, ctx.blocks, own, streams, args, kwargs, layerwise)
+                    return _evaluate(step, ctx.blocks, own, streams, arguments)
 
             chosen = [tensors[i] for i in wanted]
             if isinstance(step.step, Couple):
@@ -221,8 +223,7 @@ class _Reverse(torch.autograd.Function):
                     updated[i] = updated[i] + g
                 grads = tuple(updated)
             else:
-                args, kwargs, layerwise = _arguments(ctx.shape, tensors)
-                streams = _undo(step, ctx.blocks, streams, args, kwargs, layerwise)
+                streams = _undo(step, ctx.blocks, streams, _arguments(ctx.shape, tensors))
                 _, pull = _vjp(run, list(streams), chosen, own)
                 gstreams, gchosen, gown = pull(tuple(grads))
                 grads = tuple(gstreams)
@@ -244,27 +245,25 @@ def _part(shape: Any, tensors: Sequence[Any]) -> Any:
     return tuple(tensors[:num_streams]), _arguments(shape, tensors[num_streams:rest]), parameters
 
 
-def _arguments(shape: Any, tensors: Sequence[Any]) -> Any:
+def _arguments(shape: Any, tensors: Sequence[Any]) -> Arguments:
     _, places, constants, spec, _ = shape
     leaves = list(constants)
     for i, tensor in zip(places, tensors, strict=True):
         leaves[i] = tensor
-    return _unflatten(leaves, spec)
+    return Arguments(*_unflatten(leaves, spec))
 
 
-def _forward(steps: Any, blocks: Any, streams: Streams, args: Any, kwargs: Any, layerwise: Any) -> Streams:
+def _forward(steps: Any, blocks: Any, streams: Streams, arguments: Arguments) -> Streams:
     for step in steps:
-        streams = _merge(step, streams, _evaluate(step, blocks, None, streams, args, kwargs, layerwise))
+        streams = _merge(step, streams, _evaluate(step, blocks, None, streams, arguments))
     return streams
 
 
-def _evaluate(step: _Step, blocks: Any, own: Any, streams: Any, args: Any, kwargs: Any, layerwise: Any) -> Any:
+def _evaluate(step: _Step, blocks: Any, own: Any, streams: Any, arguments: Arguments) -> Any:
     """Return ``f``, or all streams anew, with the parameters ``own`` in place of the block's own."""
     if step.number is None:
         return step.step.gather(streams)[0] if isinstance(step.step, Couple) else step.step.forward(*streams)  # type: ignore[union-attr, misc]
-    if layerwise is not None:
-        more_args, more_kwargs = layerwise[step.number]
-        args, kwargs = (*args, *more_args), {**kwargs, **more_kwargs}
+    args, kwargs = arguments.of(step)
     inputs = (*(step.step.gather(streams) if isinstance(step.step, Couple) else streams), *args)
     if own:
         out = functional_call(blocks[step.number], dict(zip(step.names, own, strict=True)), inputs, kwargs)
@@ -280,12 +279,10 @@ def _merge(step: _Step, streams: Streams, f: Any) -> Streams:
     return (*streams[:target], step.step.coupling.forward(streams[target], f), *streams[target + 1 :])
 
 
-def _undo(step: _Step, blocks: Any, streams: Streams, args: Any, kwargs: Any, layerwise: Any) -> Streams:
+def _undo(step: _Step, blocks: Any, streams: Streams, arguments: Arguments) -> Streams:
     if step.number is None:
         return tuple(step.step.inverse(*streams))  # type: ignore[union-attr, misc]
-    if layerwise is not None:
-        more_args, more_kwargs = layerwise[step.number]
-        args, kwargs = (*args, *more_args), {**kwargs, **more_kwargs}
+    args, kwargs = arguments.of(step)
     return tuple(blocks[step.number].inverse(*streams, *args, **kwargs))
 
 
@@ -415,21 +412,8 @@ def _try(
         return "random"
     if any(b._version != version for b, version in buffers):
         return "buffers"
-    return "closure" if any(id(leaf) not in known for leaf in _leaves(streams)) else None
-
-
-def _leaves(outputs: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield the tensors into which the graph of ``outputs`` would accumulate a gradient."""
-    seen: set[Any] = set()
-    stack: list[Any] = [t.grad_fn for t in outputs]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        stack += [following for following, _ in node.next_functions]
+    leaves = [node.variable for node in nodes_of(streams) if hasattr(node, "variable")]
+    return "closure" if any(id(leaf) not in known for leaf in leaves) else None
 
 
 # --- outside of the graph ---------------------------------------------------------------------------------------------
@@ -453,11 +437,7 @@ def _run_outside(
     owner: Any, blocks: Sequence[Any], streams: Streams, args: Any, kwargs: Any, layerwise: Any, policy: Policy
 ) -> Any:
     blocks = [_compiled.get(b, b) if isinstance(b, nn.Module) else b for b in blocks]
-    return eager(owner, blocks, streams, args, kwargs, layerwise, policy, _as_is, _as_is)
-
-
-def _as_is(streams: Any) -> Any:
-    return streams
+    return eager(owner, blocks, streams, args, kwargs, layerwise, policy, as_is, as_is)
 
 
 # Why a network is run outside of the graph; dynamo shows it where fullgraph=True was asked for.

@@ -38,7 +38,7 @@ def hidden_tensors(output: Any, first_node: int = 0) -> list[str]:
     ['Square.x']
     """
     found: dict[str, None] = {}
-    for node in _nodes(output, first_node):
+    for node in nodes_of(output, first_node):
         for name, value in getattr(node, "__dict__", {}).items():
             if any(_is_inexact(leaf) for leaf in pytree.tree_leaves(value)):
                 found[f"{type(node).__name__.removesuffix('Backward')}.{name}"] = None
@@ -60,7 +60,8 @@ def warn_once(index: int, block: Any, output: Any, first_node: int) -> None:
         )
 
 
-def _nodes(output: Any, first_node: int) -> Iterator[Any]:
+def nodes_of(output: Any, first_node: int = 0) -> Iterator[Any]:
+    """Yield the nodes of the graph of ``output``, a tensor or a tree of them, from number ``first_node`` on."""
     seen: set[Any] = set()
     stack = [t.grad_fn for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
     while stack:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from revcore.errors import SpecError
+from revcore_torch.detect import nodes_of
 
 _DATA_NEEDED = (errors.DataDependentOutputException, errors.DynamicOutputShapeException)
 _NO_FAKE = (errors.UnsupportedOperatorException, errors.UnsupportedFakeTensorException)
@@ -158,18 +159,9 @@ def _message(what: str, why: str) -> str:
 @contextlib.contextmanager
 def real_gradients_kept(loss: Tensor) -> Iterator[None]:
     """Let a backward pass on fakes run meanwhile, and put back the gradient of each real tensor that its graph met."""
-    seen: set[Any] = set()
-    stack: list[Any] = [loss.grad_fn]
-    real: list[tuple[Tensor, Tensor | None]] = []
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # of a node that accumulates the gradient of a leaf
-        if variable is not None and not isinstance(variable, FakeTensor):
-            real.append((variable, variable.grad))
-        stack += [following for following, _ in node.next_functions]
+    # of the nodes that accumulate the gradient of a leaf
+    leaves = [node.variable for node in nodes_of(loss) if hasattr(node, "variable")]
+    real = [(leaf, leaf.grad) for leaf in leaves if not isinstance(leaf, FakeTensor)]
     try:
         yield
     finally:

@@ -61,29 +61,21 @@ def reversible(
     >>> torch.allclose(x.grad, 2 + torch.cos(x) - torch.sin(x + torch.sin(x)) * (1 + torch.cos(x)))
     True
     """
-    return joined(program, blocks, streams, args, kwargs, layerwise_args_kwargs, policy)
+    return joined(program, blocks, streams, args, kwargs, layerwise_args_kwargs, policy, as_is, as_is)
 
 
-def joined(
-    owner: Any,
-    blocks: Sequence[Any],
-    given: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    layerwise: Layerwise,
-    policy: Policy,
-    split: Callable[[Any], Any] = lambda streams: streams,
-    join: Callable[[Any], Any] = lambda streams: streams,
-) -> Any:
-    """:func:`reversible` on the streams that ``split`` makes of ``given``; ``join`` makes one output of the last.
-
-    ``owner`` is a program, or what has one.
-    """
+def joined(*call: Any) -> Any:
+    """:func:`eager`, or what dynamo sees in its place; they take the same."""
     if torch.compiler.is_dynamo_compiling():
         from revcore_torch import compiled  # loads dynamo
 
-        return compiled.joined(owner, blocks, given, args, kwargs, layerwise, policy, split, join)
-    return eager(owner, blocks, given, args, kwargs, layerwise, policy, split, join)
+        return compiled.joined(*call)
+    return eager(*call)
+
+
+def as_is(streams: Any) -> Any:
+    """Neither part nor join."""
+    return streams
 
 
 @torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
@@ -98,7 +90,10 @@ def eager(
     split: Callable[[Any], Any],
     join: Callable[[Any], Any],
 ) -> Any:
-    """:func:`joined` outside of any graph."""
+    """:func:`reversible` on the streams that ``split`` makes of ``given``; ``join`` makes one output of the last.
+
+    ``owner`` is a program, or what has one.
+    """
     program, blocks, streams, arguments = check(
         getattr(owner, "program", owner), blocks, split(given), args, kwargs, layerwise
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
@@ -30,6 +31,11 @@ def to_host(tensor: Tensor) -> Held:
         return tensor
     there = torch.empty_like(tensor, device="cpu", pin_memory=torch.accelerator.is_available())
     return tensor.device, there.copy_(tensor)
+
+
+def on_host(offload: bool) -> contextlib.AbstractContextManager[Any]:
+    """Let what a graph saves go to the host's memory meanwhile, if that is asked for."""
+    return saved_tensors_hooks(to_host, from_host) if offload else contextlib.nullcontext()
 
 
 def from_host(held: Held) -> Tensor:

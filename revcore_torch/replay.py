@@ -209,13 +209,9 @@ def _autocast_state(kinds: tuple[str, ...]) -> AutocastState:
     return tuple([(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k), cache) for k in kinds])
 
 
-@contextlib.contextmanager
-def autocast_as(state: AutocastState) -> Iterator[None]:
+def autocast_as(state: AutocastState) -> contextlib.AbstractContextManager[None]:
     """Make autocast do what it did."""
-    with contextlib.ExitStack() as stack:
-        for kind, enabled, dtype, cache in state:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
-        yield
+    return entered([torch.autocast(k, dtype=dtype, enabled=on, cache_enabled=cache) for k, on, dtype, cache in state])
 
 
 # --- what else is set around a forward pass --------------------------------------------------------------------------

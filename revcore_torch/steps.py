@@ -91,7 +91,8 @@ class Arguments:
         leaves, spec = pytree.tree_flatten(given)
         return leaves + [tensor for leaf in leaves for tensor in tensors_within(leaf)], spec
 
-    def of(self, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def of(self, call: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the block of a step gets; ``call`` is what has its ``number``."""
         if self.layerwise is None or call.number is None:
             return self.args, self.kwargs
         args, kwargs = self.layerwise[call.number]

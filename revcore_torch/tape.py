@@ -24,7 +24,7 @@ from revcore.policy import Segment, StepPolicy, StoreAll, segments
 from revcore.program import Program
 from revcore.step import Anchor, Couple
 from revcore_torch import detect, outside, replay
-from revcore_torch.keep import Kept, from_host, to_host
+from revcore_torch.keep import Kept, on_host
 from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, run_plain, tensors_within, version
 
 Handle = tuple[int, int]
@@ -148,7 +148,7 @@ class Tape:
         if any(True for leaf in outputs for _ in tensors_within(leaf)):
             self.left = [(t.detach(), version(t)) for t in kept]
         if through:
-            with saved_tensors_hooks(to_host, from_host) if self.offload else _NOTHING:
+            with on_host(self.offload):
                 results = _Keep.apply(self, kept, *(outputs[i] for i in through))
             for i, leaf in zip(through, results, strict=True):
                 outputs[i] = leaf
@@ -514,7 +514,7 @@ def _run_plan(
     for segment in plan:
         here = calls[segment.start : segment.stop]
         if segment.kind == "store":
-            with saved_tensors_hooks(to_host, from_host) if segment.offload else _NOTHING:
+            with on_host(segment.offload):
                 streams, extra = run_plain(here, streams, arguments)
         else:
             tapes.append(Tape(segment, streams, arguments))

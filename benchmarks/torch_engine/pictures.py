@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.torch_engine.report import Found
 from benchmarks.torch_engine.ways import PLAIN, REVERSE, STORE_ALL, Family
+from revcore.pictures import load_pyplot
 
 COLORS: dict[Family, str] = {"stored": "#555555", "checkpoint": "#d95f02", "peer": "#7570b3", "revcore": "#1b9e77"}
 LABELS: dict[Family, str] = {
@@ -21,7 +22,7 @@ LABELS: dict[Family, str] = {
 
 def frontier(path: Path, one: Found) -> None:
     """Draw time against peak memory, all ways of one workload, and what is the least time within each budget."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axis = pyplot.subplots(figsize=(10, 6.5))
     labels: list[tuple[str, float, float, str]] = []
     for family, color in COLORS.items():
@@ -110,7 +111,7 @@ def _box(*corners: float) -> Any:
 
 def memory(path: Path, found: Mapping[str, Found]) -> None:
     """Draw peak memory against depth, a panel a workload."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     shown = [one for one in found.values() if one.by_depth and not one.workload.trivial]
     figure, axes = pyplot.subplots(1, len(shown), figsize=(4.6 * len(shown) + 1, 4.8), squeeze=False)
     for axis, one in zip(axes[0], shown, strict=True):
@@ -170,12 +171,3 @@ def apart(heights: list[float], gap: float) -> list[float]:
             groups[-2:] = [groups[-2] + groups[-1]]
     placed = {i: middle(g) - reach(g) + gap * k for g in groups for k, i in enumerate(g)}
     return [placed[i] for i in range(len(heights))]
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")  # writes files, needs no display
-    from matplotlib import pyplot
-
-    return pyplot

@@ -10,10 +10,11 @@ import numpy as np
 
 from revcore.demo.checkpoint import History
 from revcore.demo.measure import Agreement
+from revcore.pictures import GREY, STYLE, load_pyplot
 
 MIB = 2**20
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers and dashes say the same once more.
-_BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
+_BLUE, _ORANGE, _GREEN, _RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 _POLICIES = {"store-all": (_RED, "o"), "checkpointing": (_BLUE, "s"), "reversible": (_GREEN, "D")}
 # The second curve is thin and dashed, so that the first shows through where they coincide.
 _LINES = ({"color": _ORANGE, "lw": 4.5, "solid_capstyle": "round"}, {"color": "black", "lw": 1.2, "ls": (0, (4, 3))})
@@ -21,18 +22,6 @@ _POINTS = (
     {"mfc": _ORANGE, "mec": "white", "marker": "o", "ms": 11},
     {"mec": "black", "marker": "x", "ms": 7, "mew": 1.8},
 )
-_STYLE = {
-    "font.size": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "legend.frameon": False,
-    "savefig.dpi": 130,
-    "savefig.bbox": "tight",
-}
 
 
 def curves(
@@ -43,8 +32,8 @@ def curves(
     resumed_at: int = 0,
 ) -> None:
     """Draw loss against training steps, one curve a framework, and below it how far two of them lie apart."""
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    pyplot = load_pyplot()
+    with pyplot.rc_context(STYLE):
         rows = 2 if found else 1
         figure, axes = pyplot.subplots(
             rows, 1, figsize=(9, 7 if found else 4.6), sharex=True, squeeze=False, height_ratios=[2.4, 1][:rows]
@@ -65,9 +54,9 @@ def curves(
         else:
             _titles(top, f"{names}: the loss of a reversible language model", what)
         if resumed_at:
-            top.axvline(resumed_at + 0.5, color=_GREY, lw=1, ls=":")
+            top.axvline(resumed_at + 0.5, color=GREY, lw=1, ls=":")
             where = {"xy": (resumed_at + 0.5, 0.02), "xycoords": ("data", "axes fraction")}
-            top.annotate(" resumed", color=_GREY, **where)
+            top.annotate(" resumed", color=GREY, **where)
         if found:
             _difference(axes[1, 0], [np.array(history.loss) for history in histories.values()], found)
         axes[-1, 0].set_xlabel("training step")
@@ -85,8 +74,8 @@ def memory(
     what: str,
 ) -> None:
     """Draw activation memory against depth, a panel a framework, a curve a policy."""
-    pyplot = _pyplot()
-    with pyplot.rc_context(_STYLE):
+    pyplot = load_pyplot()
+    with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(1, len(figures), figsize=(6.2 * len(figures), 4.8), squeeze=False)
         for axis, (label, by_policy) in zip(axes[0], figures.items(), strict=True):
             top = max(max(values) for values in by_policy.values()) / MIB
@@ -104,23 +93,14 @@ def memory(
         axes[0, 0].set_ylabel("activation memory of one gradient (MiB)")
         figure.tight_layout(w_pad=3, rect=(0, 0, 1, 0.9))
         figure.text(0.01, 0.98, "Reversible: activation memory does not grow with depth", va="top", fontsize=14)
-        figure.text(0.01, 0.92, what, va="top", color=_GREY)
+        figure.text(0.01, 0.92, what, va="top", color=GREY)
         figure.savefig(path)
         pyplot.close(figure)
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")  # writes files, needs no display
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _titles(axis: Any, title: str, what: str) -> None:
     axis.set_title(title, pad=26, fontweight="bold")
-    axis.annotate(what, (0, 1), (0, 9), "axes fraction", textcoords="offset points", color=_GREY, fontsize=10)
+    axis.annotate(what, (0, 1), (0, 9), "axes fraction", textcoords="offset points", color=GREY, fontsize=10)
 
 
 def _difference(axis: Any, pair: list[np.ndarray], found: Agreement) -> None:
@@ -130,7 +110,7 @@ def _difference(axis: Any, pair: list[np.ndarray], found: Agreement) -> None:
     axis.semilogy(np.arange(1, len(difference) + 1), np.maximum(difference, spacing), color=_BLUE, lw=1.4)
     for height, text, color, offset in (
         (found.tolerance, f"tolerance: {found.tolerance:g}", _RED, 3),
-        (spacing, "spacing of float32", _GREY, -13),
+        (spacing, "spacing of float32", GREY, -13),
     ):
         axis.axhline(height, color=color, lw=1.2, ls="--")
         where = {"xy": (1, height), "xytext": (0, offset), "xycoords": ("axes fraction", "data")}

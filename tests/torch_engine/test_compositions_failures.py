@@ -80,6 +80,15 @@ def assert_clean_retry(model: ReversibleSequential, clean: ReversibleSequential)
     assert_equal(*results)
 
 
+def assert_backward_fails_cleanly(refused: Any, model: ReversibleSequential, clean: ReversibleSequential) -> None:
+    loss, _ = forward(model), forward(clean)
+    before = traces(model)
+    with refused:
+        loss.backward()
+    assert_equal(before, traces(model))
+    assert_clean_retry(model, clean)
+
+
 @failures.refuses("a block raises in the forward pass", KeyError, "told to", note="nothing moved; a retry is clean")
 @POLICIES
 def test_block_raises_in_forward(refused, policy):
@@ -95,12 +104,7 @@ def test_block_raises_in_forward(refused, policy):
 def test_block_raises_in_backward(refused, policy):
     model, clean = make(policy)
     model[2].fail = "again"
-    loss, _ = forward(model), forward(clean)
-    before = traces(model)
-    with refused:
-        loss.backward()
-    assert_equal(before, traces(model))
-    assert_clean_retry(model, clean)
+    assert_backward_fails_cleanly(refused, model, clean)
 
 
 @failures.refuses("a block's gradient raises", KeyError, "told to", note="nothing moved; a retry is clean")
@@ -108,12 +112,7 @@ def test_block_raises_in_backward(refused, policy):
 def test_gradient_raises(refused, policy):
     model, clean = make(policy)
     model[1].fail = "gradient"
-    loss, _ = forward(model), forward(clean)
-    before = traces(model)
-    with refused:
-        loss.backward()
-    assert_equal(before, traces(model))
-    assert_clean_retry(model, clean)
+    assert_backward_fails_cleanly(refused, model, clean)
 
 
 @failures.refuses("Ctrl-C in the backward pass", KeyboardInterrupt, "stop", note="nothing moved; a retry is clean")
@@ -121,12 +120,7 @@ def test_gradient_raises(refused, policy):
 def test_interrupted(refused, policy):
     model, clean = make(policy)
     model[2].fail, model[2].error = "again", KeyboardInterrupt("stop")
-    loss, _ = forward(model), forward(clean)
-    before = traces(model)
-    with refused:
-        loss.backward()
-    assert_equal(before, traces(model))
-    assert_clean_retry(model, clean)
+    assert_backward_fails_cleanly(refused, model, clean)
 
 
 @failures.refuses(
@@ -136,12 +130,7 @@ def test_interrupted(refused, policy):
 def test_out_of_memory(refused, policy):
     model, clean = make(policy)
     model[2].fail, model[2].error = "again", torch.OutOfMemoryError("no memory")
-    loss, _ = forward(model), forward(clean)
-    before = traces(model)
-    with refused:
-        loss.backward()
-    assert_equal(before, traces(model))
-    assert_clean_retry(model, clean)
+    assert_backward_fails_cleanly(refused, model, clean)
 
 
 @failures.works("a backward pass fails in the middle, and is tried again on the same graph (`retain_graph`)")
