@@ -1,51 +1,94 @@
 """Flax Linen: a module over the engine.
 
-At ``init`` the blocks run one after the other, so the tree of parameters is that of ordinary submodules. At ``apply``
-each block is run as a pure function of its variables, random keys and rng counters. The rebuild in the backward pass
-starts from the variables *before* the step and draws the same numbers; what the forward pass changed (``batch_stats``,
-sown values, counters) leaves the engine as an auxiliary output and is written back once.
+At ``init`` the blocks run one after the other, those inside a ``Repeat`` as ``nn.scan`` would run them, so the tree of
+parameters is that of ordinary submodules. At ``apply`` each block is run as a pure function of its variables, random
+keys and rng counters (:mod:`revcore_jax._linen_pure`). The rebuild in the backward pass starts from the variables
+*before* the step and draws the same numbers; what the forward pass changed (``batch_stats``, sown values, counters)
+leaves the engine as an auxiliary output and is written back once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.core
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core import Scope, unfreeze
+from flax.core import FrozenDict, Scope
 
 from revcore import sequential
-from revcore.checks import check_blocks
 from revcore.coupling import Coupling
-from revcore.errors import InversionError, SpecError
+from revcore.errors import SpecError
 from revcore.policy import Policy, Reverse
 from revcore.program import Program
-from revcore.step import Repeat, Step
+from revcore.step import Chain, Repeat, Step
 from revcore_jax import engine, streams
-from revcore_jax.boundary import check_policy
+from revcore_jax._linen_pure import Lift, bound, check_uses, parted, unbound, write_back
+from revcore_jax.boundary import bind, check_policy
+from revcore_jax.plan import children
+from revcore_jax.trees import Key
 
 
 class ReversibleSequential(nn.Module):
     """Blocks one after the other, as ``nn.Sequential``, over reversible streams.
 
-    The same network and arguments as :class:`revcore_jax.nnx.ReversibleSequential`, with the blocks (modules or
-    functions) in ``layers``. Parameters are named ``layers_0``, ``layers_1``, …, as those of ``nn.Sequential``.
-    ``model.apply(variables, y, method="inverse")`` undoes it. A ``program`` may hold no ``Repeat``.
+    The input is parted into streams ``x_0, x_1, …`` along ``axis``. Step ``i`` is
+    ``x_{i mod n} ← coupling(x_{i mod n}, block_i(x_{(i+1) mod n}))``, and the streams are handed out oldest first, so
+    rotated by one place a step, and joined again. For two streams and the additive coupling that is a RevNet (Gomez et
+    al., arXiv 1707.04585). Variables are named ``layers_0``, ``layers_1``, …, as those of ``nn.Sequential``.
+
+    Shapes: the input and output have one shape; a block sees ``1/num_streams`` of ``axis`` and keeps its shape.
+
+    A block inside a ``Repeat`` of ``program`` is one module, scanned over variables with an axis for the iterations,
+    which ``init`` makes from the same keys as ``nn.scan`` of the same body. The arguments from ``variable_axes`` on are
+    ``nn.scan``'s and ``nn.remat_scan``'s; there is no ``variable_carry``, for what is carried from one iteration to the
+    next cannot be rebuilt.
+
+    Whether blocks train is said by an argument, as everywhere in Linen: ``model.apply(variables, x, train=False)``
+    hands ``train`` to every block. Booleans and other values that are no arrays are static.
+
+    Args:
+        layers: modules or functions, one for each slot of the program: a ``Repeat``'s body once.
+        program: any :class:`revcore.Program`, instead of ``coupling`` and ``num_streams``; its ``split`` and ``merge``
+            say how streams are made.
+        coupling: a :class:`revcore.Coupling`, or a list that is cycled over the steps; additive by default.
+        coupling_forward: ``y = coupling_forward(x, f)``, instead of ``coupling``; one function, or a list to cycle.
+        coupling_inverse: ``x = coupling_inverse(y, f)``, its true inverse; checked on random values.
+        num_streams: how many streams; at least 2.
+        axis: the axis that is parted; ``None`` gives every stream the whole input and returns their mean.
+        policy: what the backward pass keeps and rebuilds; never changes a value.
+        variable_axes: from collections (a name, ``True`` for all, …) to the axis of their leaves that goes over the
+            iterations of a ``Repeat``.
+        variable_broadcast: the collections that all iterations share, without such an axis; blocks cannot change them.
+        split_rngs: from random streams to whether each iteration draws other numbers, or all the same. A stream that
+            is not named is not there: leave ``"params"`` in.
+        metadata_params: for parameters with ``nn.with_partitioning``, ``{nn.PARTITION_NAME: name of that axis}``.
 
     Raises:
         SpecError: arguments that contradict each other, a coupling without a true inverse, an input that does not part,
-            a block used twice that changes state, and all that :func:`revcore_jax.reversible` raises.
+            variables without the axis that they need, a block used twice that changes state, a collection changed that
+            iterations share, and all that :func:`revcore_jax.reversible` raises.
 
     >>> import jax, jax.numpy as jnp
     >>> model = ReversibleSequential([nn.Dense(4), nn.Dense(4), nn.Dense(4)])
     >>> variables = model.init(jax.random.key(0), jnp.ones((2, 8)))
     >>> sorted(variables["params"]), model.apply(variables, jnp.ones((2, 8))).shape
     (['layers_0', 'layers_1', 'layers_2'], (2, 8))
+
+    Sixteen steps as one scan, which compiles as fast as two:
+
+    >>> from revcore import Chain, Couple, Program, Repeat
+    >>> program = Program([Repeat(Chain([Couple(0, 1), Couple(1, 0)]), 8)])
+    >>> model = ReversibleSequential([nn.Dense(4), nn.Dense(4)], program=program)
+    >>> variables = model.init(jax.random.key(0), jnp.ones((2, 8)))
+    >>> variables["params"]["layers_0"]["kernel"].shape, model.apply(variables, jnp.ones((2, 8))).shape
+    ((8, 4, 4), (2, 8))
     """
+
+    neutral_transparent = ("layers",)  # torch's Sequential, and so the neutral form, has its blocks directly beneath it
 
     layers: Sequence[Any]
     program: Program | None = None
@@ -55,19 +98,28 @@ class ReversibleSequential(nn.Module):
     num_streams: int = 2
     axis: int | None = -1
     policy: Policy = Reverse()
+    variable_axes: Mapping[Any, int] = FrozenDict({True: 0})
+    variable_broadcast: Any = False
+    split_rngs: Mapping[Any, bool] = FrozenDict({True: True})
+    metadata_params: Mapping[Any, Any] = FrozenDict()
 
-    def _settings(self) -> tuple[Program, tuple[str, str]]:
+    def __post_init__(self) -> None:
+        for name in ("variable_axes", "split_rngs", "metadata_params"):
+            # kept as pairs: Linen sorts the keys of dictionaries among its attributes, and True < "params" is an error
+            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+        super().__post_init__()
+
+    def _settings(self) -> tuple[Program, tuple[str, str], Lift]:
         check_policy(self.policy)
         couplings = sequential.check_settings(
             self.program, self.coupling, self.coupling_forward, self.coupling_inverse, self.num_streams, jnp.asarray
         )
         program = self.program or sequential.default_program(len(self.layers), couplings, self.num_streams)
-        if any(isinstance(step, Repeat) for step in _walk(program.steps)):
-            raise SpecError(
-                "revcore_jax.linen takes no program with a Repeat: write its steps out, or use revcore_jax.reversible "
-                "or revcore_jax.nnx, which scan over stacked parameters"
-            )
-        return program, sequential.split_and_merge(self.program, self.axis, "axis")
+        pairs: Any = (self.variable_axes, self.variable_broadcast, self.split_rngs, self.metadata_params)
+        lift = Lift(*pairs)
+        lift.check()
+        check_uses(program, self.layers)
+        return program, sequential.split_and_merge(self.program, self.axis, "axis"), lift
 
     def __call__(
         self,
@@ -76,13 +128,19 @@ class ReversibleSequential(nn.Module):
         layerwise_args_kwargs: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the output, of the input's shape; ``(output, aux)`` where a block returned more than its ``f``."""
-        program, how = self._settings()
+        """Return the output, of the input's shape; ``(output, aux)`` where a block returned more than its ``f``.
+
+        ``*args`` and ``**kwargs`` go to every block after its source; ``layerwise_args_kwargs`` holds one more
+        ``(args, kwargs)`` pair for each block, with stacked arrays inside a ``Repeat``. ``aux`` is a list with one
+        tuple for each block.
+        """
+        program, how, lift = self._settings()
+        _refuse_modules((args, kwargs, layerwise_args_kwargs))
         parts = streams.split(x, how[0], program.num_streams, self.axis)
         if self.is_initializing():
-            out, aux = _plainly(program, self.layers, parts, args, kwargs, layerwise_args_kwargs)
+            out, aux = _plainly(program, self.layers, lift, parts, args, kwargs, layerwise_args_kwargs)
         else:
-            blocks, given = _parted(self.layers, inverting=False)
+            blocks, given, common = parted(self.layers, program, lift, inverting=False)
             result = engine.reversible(
                 program,
                 blocks,
@@ -92,9 +150,10 @@ class ReversibleSequential(nn.Module):
                 layerwise_args_kwargs=layerwise_args_kwargs,
                 policy=self.policy,
                 **kwargs,
+                **common,
             )
             out, aux = result if blocks else (result, [])  # every block returns its changed state, if only an empty one
-            _write_back(self.layers, [extra[-1] for extra in aux])
+            write_back(self.layers, program, lift, [extra[-1] for extra in aux])
             aux = [extra[:-1] for extra in aux]
         y = streams.merge(out, how[1], self.axis)
         return (y, aux) if any(aux) else y
@@ -112,164 +171,100 @@ class ReversibleSequential(nn.Module):
             SpecError: the streams were not joined by ``"concat"``, so they cannot be told apart.
             InversionError: a block draws random numbers, which are not known afterwards.
         """
-        program, how = self._settings()
+        program, how, lift = self._settings()
         sequential.check_invertible(how, "revcore_jax.inverse")
-        blocks, given = _parted(self.layers, inverting=True)
+        _refuse_modules((args, kwargs, layerwise_args_kwargs))
+        blocks, given, common = parted(self.layers, program, lift, inverting=True)
         parts = streams.split(y, "chunk", program.num_streams, self.axis)
         result = engine.inverse(
-            program, blocks, given, parts, *args, layerwise_args_kwargs=layerwise_args_kwargs, **kwargs
+            program, blocks, given, parts, *args, layerwise_args_kwargs=layerwise_args_kwargs, **kwargs, **common
         )
         return streams.merge(result, "concat", self.axis)
 
 
-def _walk(steps: Sequence[Step]) -> Any:
-    for step in steps:
-        yield step
-        yield from _walk(getattr(step, "steps", ()))
+def _pairs(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (Mapping, tuple)):
+        raise SpecError(f"{name} came as {value!r}, expected a dict, as nn.scan takes it")
+    return tuple(dict(value).items())
+
+
+def _refuse_modules(arguments: Any) -> None:
+    for value in jax.tree.leaves(arguments):
+        if isinstance(value, (nn.Module, nn.Variable)):
+            raise SpecError(
+                f"an argument came as {type(value).__name__}, but blocks are run as pure functions, so what they "
+                "change in it would be lost: make it an attribute of the blocks"
+            )
+
+
+# --- the plain run at init --------------------------------------------------------------------------------------------
 
 
 class _Bound:
     """A bound layer in the place of the engine's blocks: it creates its variables as it runs."""
 
-    def __init__(self, layer: Any, args: Any, kwargs: Any, more: Any, named: Any) -> None:
-        self._layer, self._args, self._kwargs = layer, (*args, *more), {**kwargs, **named}
-
-    def __call__(self, _leaves: Any, _shared: Any, *given: Any) -> Any:
-        return self._layer(*given, *self._args, **self._kwargs)
-
-    def move(self, _leaves: Any, _shared: Any, *given: Any) -> Any:
-        return getattr(self._layer, "forward", self._layer)(*given, *self._args, **self._kwargs)
-
-
-def _plainly(program: Program, layers: Any, current: Any, args: Any, kwargs: Any, layerwise: Any) -> tuple[Any, Any]:
-    """Run the layers one after the other, as ordinary Linen does."""
-    layers = check_blocks(program, layers, program.num_slots)
-    pairs = layerwise or [((), {})] * len(layers)
-    queue: Any = iter([_Bound(layer, args, kwargs, *pair) for layer, pair in zip(layers, pairs, strict=True)])
-    aux: list[Any] = []
-    for step in program.unrolled:
-        current, extra, _ = engine.forward(step, (next(queue),) if step.block else (), ((),), (), current, False)
-        aux.extend(extra)
-    return tuple(current[i] for i in program.output), aux
-
-
-# --- blocks as pure functions -----------------------------------------------------------------------------------------
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["value"])
-@dataclass(frozen=True)
-class _Static:
-    """A value that travels in a tree's structure."""
-
-    value: Any
-
-
-@dataclass(frozen=True)
-class _Pure:
-    """A layer as a pure function of its variables, keys and counters; equal layers give equal functions."""
-
-    layer: Any
-    mutable: Any
-    inverting: bool
-
-    def __call__(self, given: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run("__call__", given, args, kwargs)
-
-    def forward(self, given: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run("forward" if hasattr(self.layer, "forward") else "__call__", given, args, kwargs)
-
-    def inverse(self, given: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run("inverse", given, args, kwargs)[:-1]
-
-    def _run(self, method: str, given: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        variables, rngs, counters = given
-        scope = Scope(unfreeze(variables), rngs=rngs, mutable=self.mutable, name=None)
-        scope.rng_counters = _thawed(counters.value)
-        with scope.temporary():
-            out = getattr(self.layer.clone(parent=scope), method)(*args, **kwargs)
-            after = _Static(_frozen(scope.rng_counters))
-            update = (dict(scope.mutable_variables()) if self.mutable is not False else {}, after)
-        if self.inverting and after != counters:
-            raise InversionError(
-                f"{type(self.layer).__name__} draws random numbers, and those of the forward pass are not known: make "
-                "it deterministic in both the forward pass and its inverse"
-            )
-        return (*out, update) if isinstance(out, (tuple, list)) else (out, update)
-
-
-@dataclass(frozen=True)
-class _Function:
-    """A function as a block without variables."""
-
-    function: Any
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
 
     def __call__(self, _: Any, *args: Any, **kwargs: Any) -> Any:
-        out = self.function(*args, **kwargs)
-        return (*out, None) if isinstance(out, (tuple, list)) else (out, None)
+        return self.layer(*args, **kwargs)
+
+    def forward(self, _: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.layer, "forward", self.layer)(*args, **kwargs)
+
+    def inverse(self, _: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.layer.inverse(*args, **kwargs)
 
 
-def _parted(layers: Sequence[Any], inverting: bool) -> tuple[list[Any], list[Any]]:
-    blocks, given = [], []
-    for layer in layers:
-        if isinstance(layer, nn.Module):
-            scope = layer.scope
-            assert scope is not None
-            blocks.append(_Pure(layer.clone(parent=None, name=None), scope.mutable, inverting))
-            given.append((layer.variables, dict(scope.rngs), _Static(_frozen(scope.rng_counters))))
-        else:
-            blocks.append(_Function(layer))
-            given.append(None)
-    return blocks, given
+def _plainly(
+    program: Program, layers: Any, lift: Lift, parts: Any, args: Any, kwargs: Any, layerwise: Any
+) -> tuple[Any, list[Any]]:
+    """Run the layers as ordinary Linen does."""
+    blocks = [_Bound(layer) for layer in layers]
+    slots, theta, shared, start = bind(program, blocks, [None] * len(blocks), parts, args, kwargs, layerwise)
+
+    def run(step: Step, slots: Any, theta: Any, current: Any) -> tuple[Any, list[Any]]:
+        match step:
+            case Chain(steps):
+                aux = []
+                for child, here in children(steps):
+                    current, extra = run(child, slots[here], theta[here], current)
+                    aux.extend(extra)
+                return current, aux
+            case Repeat(body, n):
+
+                def one(scopes: Any, current: Any, theta: Any) -> Any:
+                    after, aux = run(body, _rebound(slots, scopes), theta, current)
+                    if _types(after) != _types(current):
+                        raise SpecError(
+                            f"the body of a Repeat turned streams {_types(current)} into {_types(after)}, but must "
+                            "keep them: write steps that change shapes into the program one by one"
+                        )
+                    return after, aux
+
+                # flax.core.scan wants at least one scope, and there may be only functions
+                scopes = [Scope({}), *(getattr(slot.function.value.layer, "scope", None) for slot in slots)]
+                return flax.core.scan(one, length=n, **lift.arguments())(scopes, current, theta)  # type: ignore[arg-type]
+            case _:
+                current, aux, _ = engine.forward(step, slots, theta, shared, current, False)
+                return current, list(aux)
+
+    out, aux = run(Chain(program.steps), slots, theta, start)
+    return tuple(out[i] for i in program.output), aux
 
 
-def _frozen(counters: Any) -> Any:
-    """Return Linen's tree of counters as something that can be hashed; what counts nothing is left out."""
-    items = [(key, _frozen(v) if isinstance(v, dict) else v) for key, v in counters.items()]
-    return tuple((key, value) for key, value in items if value)
+def _rebound(slots: Any, scopes: Any) -> tuple[Any, ...]:
+    """Return ``slots`` with their layers in other scopes; a layer used twice stays one layer."""
+    copies: dict[int, Any] = {}
+    result = []
+    for slot, scope in zip(slots, scopes[1:], strict=True):
+        layer = slot.function.value.layer
+        if scope is not None and id(layer) not in copies:
+            bare, foreign = unbound(layer, layer.name)
+            copies[id(layer)] = bound(bare, scope, [Scope(flax.core.unfreeze(s.variables())) for s in foreign])
+        result.append(dataclasses.replace(slot, function=Key(_Bound(copies.get(id(layer), layer)))))
+    return tuple(result)
 
 
-def _thawed(counters: Any) -> Any:
-    return {key: _thawed(v) if isinstance(v, tuple) else v for key, v in counters}
-
-
-def _write_back(layers: Sequence[Any], updates: Sequence[Any]) -> None:
-    """Write what blocks changed into their scopes, unless a block was used twice: its second use saw the old values."""
-    for i, (layer, update) in enumerate(zip(layers, updates, strict=True)):
-        if update is None:
-            continue
-        variables, counters = update
-        changed = any(variables.values()) or counters.value != _frozen(layer.scope.rng_counters)
-        others = [other for j, other in enumerate(layers) if j != i and isinstance(other, nn.Module)]
-        if changed and any(other.scope is layer.scope for other in others):
-            raise SpecError(
-                f"block {i} changes its variables or draws random numbers, and is used twice: its second use would "
-                "see the old values. Give each place a block of its own"
-            )
-        for collection, tree in variables.items():
-            for name, value in tree.items():
-                _put(layer.scope, collection, name, value)
-        _count(layer.scope.rng_counters, _thawed(counters.value))
-
-
-def _put(scope: Any, collection: str, name: str, value: Any) -> None:
-    current = scope.get_variable(collection, name)
-    if isinstance(current, dict) and isinstance(value, dict):  # scopes of inner modules hold on to these dicts
-        _merge(current, value)
-    else:
-        scope.put_variable(collection, name, value)
-
-
-def _merge(current: dict[str, Any], new: dict[str, Any]) -> None:
-    for name, value in new.items():
-        if isinstance(value, dict) and isinstance(current.get(name), dict):
-            _merge(current[name], value)
-        else:
-            current[name] = value
-
-
-def _count(current: dict[Any, Any], new: dict[Any, Any]) -> None:
-    for key, value in new.items():
-        if isinstance(value, dict):
-            _count(current.setdefault(key, {}), value)
-        else:
-            current[key] = value
+def _types(current: Any) -> list[str]:
+    return [f"{a.dtype}{list(a.shape)}" for a in current]

@@ -12,7 +12,7 @@ from flax import linen as nn
 from helpers import tree_error
 
 import revcore
-from revcore import Checkpoint, Couple, InversionError, Momentum, Program, Repeat, Reverse, SpecError, StoreAll
+from revcore import Checkpoint, InversionError, Momentum, Reverse, SpecError, StoreAll
 from revcore_jax.linen import ReversibleSequential
 
 D = 4
@@ -179,7 +179,6 @@ def test_a_block_used_twice() -> None:
         (ReversibleSequential([jnp.sin], policy="reverse"), "policy came as 'reverse'"),  # type: ignore[arg-type]
         (ReversibleSequential([jnp.sin], num_streams=3), "does not part into 3 equal streams"),
         (ReversibleSequential([jnp.sin], program=revcore.revnet(2)), "1 blocks came"),
-        (ReversibleSequential([jnp.sin], program=Program((Repeat(Couple(0, (1,)), 2),))), "no program with a Repeat"),
         (
             ReversibleSequential([jnp.sin], coupling_forward=lambda x, f: x + f, coupling_inverse=lambda y, f: y + f),
             "inverse",
