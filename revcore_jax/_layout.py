@@ -211,13 +211,15 @@ def linen_layers(module: linen.Module, *args: Any, **kwargs: Any) -> LinenLayers
     if not isinstance(module, linen.Module):
         raise SpecError(f"linen_layers: came a {type(module).__name__}, expected a flax.linen.Module")
     found = LinenLayers()
+    modules: dict[Path, linen.Module] = {}
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
         if layer.scope is not None:
             found.layouts[layer.path] = layouts_of(layer)
+            modules[layer.path] = layer
             if layer.path:
-                found.names[layer.path] = _linen_name(layer)
+                found.names[layer.path] = _linen_name(layer, modules.get(layer.path[:-1], layer.parent))
         return call(*args, **kwargs)
 
     with linen.intercept_methods(note):
@@ -225,9 +227,12 @@ def linen_layers(module: linen.Module, *args: Any, **kwargs: Any) -> LinenLayers
     return found
 
 
-def _linen_name(layer: linen.Module) -> str:
-    """Return the neutral name of a submodule: Linen calls the members of a list ``blocks_0``, torch ``blocks.0``."""
-    name, parent = layer.path[-1], layer.parent
+def _linen_name(layer: linen.Module, parent: Any) -> str:
+    """Return the neutral name of a submodule: Linen calls the members of a list ``blocks_0``, torch ``blocks.0``.
+
+    ``parent`` is the module that was called with the path above: a layer inside a scan does not know it.
+    """
+    name = layer.path[-1]
     match = re.fullmatch(r"(.+)_(\d+)", name)
     if match and isinstance(getattr(parent, match[1], None), Sequence):
         return match[2] if match[1] in _transparent(parent) else f"{match[1]}.{match[2]}"

@@ -238,7 +238,7 @@ class Pure:
         scope = Scope(
             unfreeze({**variables, **common}), rngs={**rngs, **keys}, name=None, mutable=self.mutable, path=self.path
         )
-        scope.rng_counters = _thawed(counters.value)
+        scope.rng_counters = _thawed(counters.value, scope.rngs)
         with scope.temporary():
             layer = bound(self.layer, scope, [Scope(unfreeze(values)) for values in foreign])
             out = getattr(layer, method)(*args, **kwargs)
@@ -353,8 +353,9 @@ def _frozen(counters: Any) -> Any:
     return tuple((key, value) for key, value in items if value)
 
 
-def _thawed(counters: Any) -> Any:
-    return {key: _thawed(v) if isinstance(v, tuple) else v for key, v in counters}
+def _thawed(counters: Any, names: Any = ()) -> Any:
+    found = {key: _thawed(v, names) if isinstance(v, tuple) else v for key, v in counters}
+    return {**dict.fromkeys(names, 0), **found}
 
 
 # --- and back ---------------------------------------------------------------------------------------------------------
