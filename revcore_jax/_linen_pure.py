@@ -185,6 +185,11 @@ def bound(layer: nn.Module, scope: Scope, others: Sequence[Scope]) -> nn.Module:
     return layer.clone(parent=scope, **(_mapped(layer, copy) if others else {}))
 
 
+def fixed(variables: Any) -> Scope:
+    """Return a scope whose variables cannot be changed."""
+    return Scope(unfreeze(variables))
+
+
 def _mapped(module: nn.Module, copy: Any) -> dict[str, Any]:
     names = [f.name for f in dataclasses.fields(module) if f.init and f.name not in ("parent", "name")]  # type: ignore[arg-type]
     return {name: jax.tree.map(copy, getattr(module, name)) for name in names}
@@ -240,7 +245,7 @@ class Pure:
         )
         scope.rng_counters = _thawed(counters.value, scope.rngs)
         with scope.temporary():
-            layer = bound(self.layer, scope, [Scope(unfreeze(values)) for values in foreign])
+            layer = bound(self.layer, scope, [fixed(values) for values in foreign])
             out = getattr(layer, method)(*args, **kwargs)
             after = Static(_frozen(scope.rng_counters))
             changed = _changed({**variables, **common}, scope.mutable_variables() if self.mutable is not False else {})

@@ -26,7 +26,7 @@ from revcore.policy import Policy, Reverse
 from revcore.program import Program
 from revcore.step import Chain, Repeat, Step
 from revcore_jax import engine, streams
-from revcore_jax._linen_pure import Lift, bound, check_uses, parted, unbound, write_back
+from revcore_jax._linen_pure import Lift, bound, check_uses, fixed, parted, unbound, write_back
 from revcore_jax.boundary import bind, check_policy
 from revcore_jax.plan import children
 from revcore_jax.trees import Key
@@ -41,6 +41,10 @@ class ReversibleSequential(nn.Module):
     al., arXiv 1707.04585). Variables are named ``layers_0``, ``layers_1``, …, as those of ``nn.Sequential``.
 
     Shapes: the input and output have one shape; a block sees ``1/num_streams`` of ``axis`` and keeps its shape.
+
+    Blocks may hold modules of the model around, to share their parameters; they cannot change these ones' variables or
+    draw random numbers through them. Inside a ``Repeat`` they are one for all iterations, and must have been called
+    before.
 
     A block inside a ``Repeat`` of ``program`` is one module, scanned over variables with an axis for the iterations,
     which ``init`` makes from the same keys as ``nn.scan`` of the same body. The arguments from ``variable_axes`` on are
@@ -261,7 +265,7 @@ def _rebound(slots: Any, scopes: Any) -> tuple[Any, ...]:
         layer = slot.function.value.layer
         if scope is not None and id(layer) not in copies:
             bare, foreign = unbound(layer, layer.name)
-            copies[id(layer)] = bound(bare, scope, [Scope(flax.core.unfreeze(s.variables())) for s in foreign])
+            copies[id(layer)] = bound(bare, scope, [fixed(s.variables()) for s in foreign])
         result.append(dataclasses.replace(slot, function=Key(_Bound(copies.get(id(layer), layer)))))
     return tuple(result)
 

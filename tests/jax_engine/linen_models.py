@@ -81,7 +81,7 @@ class PlainScan(nn.Module):
         return jnp.concatenate([a, b], -1)
 
 
-Net = Callable[..., nn.Module]  # makes a network of its blocks
+Net = Callable[..., Any]  # makes a network of its blocks
 NETS: tuple[Net, Net] = partial(ReversibleSequential, coupling=Momentum(BETA)), Plain
 
 
@@ -89,7 +89,7 @@ def repeated(n: int = 3) -> Program:
     return Program([Repeat(BODY, n)])
 
 
-def scans(make: Callable[[], Any], n: int = 3, **settings: Any) -> tuple[nn.Module, nn.Module]:
+def scans(make: Callable[[], Any], n: int = 3, **settings: Any) -> tuple[Any, Any]:
     """Return the scanned network by revcore and by ``nn.scan``."""
     # pairs: Linen sorts the keys of dictionaries among a module's attributes
     pairs = tuple(settings.items())

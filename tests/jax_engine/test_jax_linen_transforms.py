@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.core import DenyList, FrozenDict, freeze
+from flax.linen.transforms import add_metadata_axis
 from helpers import tree_error
 from linen_models import (
     NETS,
@@ -35,7 +36,7 @@ from revcore_jax.linen import ReversibleSequential
 pytestmark = pytest.mark.usefixtures("x64")
 
 STATE = ("batch_stats", "intermediates")
-Wrap = Callable[[Net], nn.Module]
+Wrap = Callable[[Net], Any]
 
 
 def two() -> list[Any]:
@@ -198,21 +199,21 @@ def _each(block: Any) -> Any:
 
 
 WRAPS: dict[str, Wrap] = {
-    "jit": lambda net: nn.jit(net)(drawing()),  # type: ignore[type-var]
-    "remat": lambda net: nn.remat(net)(drawing()),  # type: ignore[type-var]
+    "jit": lambda net: nn.jit(net)(drawing()),
+    "remat": lambda net: nn.remat(net)(drawing()),
     "jit inside": lambda net: net([nn.jit(Block)(), nn.jit(Small)()]),
     "remat inside": lambda net: net([nn.remat(Block)(), nn.remat(Small)()]),
-    "vmap": lambda net: nn.vmap(  # type: ignore[type-var]
+    "vmap": lambda net: nn.vmap(
         net,
         variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
     )(two()),
     "vmap inside": lambda net: net([_each(Block)(), Small()]),
     "scan": lambda net: Loop(Cell(net(two()))),
-    "map_variables": lambda net: nn.map_variables(  # type: ignore[type-var]
+    "map_variables": lambda net: nn.map_variables(
         net, "params", trans_in_fn=lambda tree: jax.tree.map(jnp.sin, tree), init=True
     )(drawing()),
-    "add_metadata_axis": lambda net: nn.add_metadata_axis(  # type: ignore[type-var]
+    "add_metadata_axis": lambda net: add_metadata_axis(
         net, {"params": 0}, metadata_params={nn.PARTITION_NAME: "stack"}
     )(drawing()),
     "cond": around(
@@ -384,7 +385,7 @@ def test_keys_of_layers_that_draw_directly() -> None:
 
 
 def test_what_cannot_be_is_told() -> None:
-    ours = ReversibleSequential([Small()], coupling=Momentum(0.9))
+    ours: Any = ReversibleSequential([Small()], coupling=Momentum(0.9))
     variables = start(ours, inputs())
     with pytest.raises(SpecError, match="an argument came as Dense, but blocks are run as pure functions"):
         ours.apply(variables, inputs(), nn.Dense(3))
