@@ -3,14 +3,13 @@
 Each block is split into its graph and its state, and the state is handed to the engine as the block's parameters. The
 rebuild in the backward pass starts from the state *before* the step, so it draws the same dropout mask; whatever a
 block changed (BatchNorm statistics, counts of random numbers, sown values) leaves the engine as an auxiliary output of
-the forward pass, and is written back once.
+the forward pass, and is written back once. Random numbers of the call (``rngs=``) go from block to block, so where each
+block finds their counts is computed first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import jax
@@ -19,16 +18,18 @@ from flax import nnx
 
 from revcore import sequential
 from revcore.coupling import Coupling
-from revcore.errors import InversionError, SpecError
+from revcore.errors import SpecError
 from revcore.policy import Policy, Reverse
 from revcore.program import Program
 from revcore_jax import engine, streams
+from revcore_jax._nnx_pure import parted, write_back
 from revcore_jax.boundary import check_policy
 from revcore_jax.trees import stack as stack_trees
 from revcore_jax.trees import unstack as unstack_trees
 
 Functions = Callable[[Any, Any], Any] | Sequence[Callable[[Any, Any], Any]]
 Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
+Rngs = nnx.Rngs | nnx.RngStream | jax.Array | None
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -44,7 +45,8 @@ class ReversibleSequential(nnx.Module):
 
     Args:
         *blocks: NNX modules or functions, one for each slot of the program; kept in the attribute ``layers``. Inside a
-            ``Repeat`` of ``program`` a block is one module with stacked state (:func:`stack`, or made by ``nnx.vmap``).
+            ``Repeat`` of ``program`` a block is one module with stacked state (:func:`stack`, or made by ``nnx.vmap``),
+            and the layers are one scan.
         program: any :class:`revcore.Program`, instead of ``coupling`` and ``num_streams``; its ``split`` and ``merge``
             say how streams are made.
         coupling: a :class:`revcore.Coupling`, or a list that is cycled over the steps; additive by default.
@@ -53,6 +55,7 @@ class ReversibleSequential(nnx.Module):
         num_streams: how many streams; at least 2.
         axis: the axis that is parted; ``None`` gives every stream the whole input and returns their mean.
         policy: what the backward pass keeps and rebuilds; never changes a value. May be set later.
+        rngs: random numbers for calls that bring none; forked, as ``nnx.Dropout`` does it.
 
     Raises:
         SpecError: arguments that contradict each other, a coupling without a true inverse; on a call, an input that
@@ -64,6 +67,15 @@ class ReversibleSequential(nnx.Module):
     >>> x = jnp.arange(16.0).reshape(2, 8)
     >>> model(x).shape, bool(jnp.allclose(model.inverse(model(x)), x, atol=1e-4))
     ((2, 8), True)
+
+    Equal layers as one scan, here four times two unlike ones, so that compile time does not grow with depth:
+
+    >>> from revcore import Chain, Couple, Program, Repeat
+    >>> first = stack([nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(4)])
+    >>> second = stack([nnx.LayerNorm(4, rngs=nnx.Rngs(0)) for _ in range(4)])
+    >>> program = Program([Repeat(Chain([Couple(0, 1), Couple(1, 0)]), 4)])
+    >>> ReversibleSequential(first, second, program=program)(x).shape
+    (2, 8)
     """
 
     neutral_transparent = ("layers",)  # torch's Sequential, and so the neutral form, has its blocks directly beneath it
@@ -78,6 +90,7 @@ class ReversibleSequential(nnx.Module):
         num_streams: int = 2,
         axis: int | None = -1,
         policy: Policy = Reverse(),  # noqa: B008 (frozen)
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
         self._couplings = sequential.check_settings(
             program, coupling, coupling_forward, coupling_inverse, num_streams, jnp.asarray
@@ -88,25 +101,39 @@ class ReversibleSequential(nnx.Module):
         self.axis = axis
         self.policy = check_policy(policy)
         self.layers = nnx.List(blocks)
+        self.rngs = nnx.data(None) if rngs is None else rngs.fork()
 
     @property
     def program(self) -> Program:
         """What is run: the given program, or ``revnet`` over the blocks at hand."""
         return self._program or sequential.default_program(len(self.layers), self._couplings, self.num_streams)
 
-    def __call__(self, x: Any, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Any:
+    def __call__(
+        self, x: Any, *args: Any, rngs: Rngs = None, layerwise_args_kwargs: Layerwise = None, **kwargs: Any
+    ) -> Any:
         """Return the output, of the input's shape; ``(output, aux)`` where a block returned more than its ``f``.
 
         ``*args`` and ``**kwargs`` go to every block after its source; ``layerwise_args_kwargs`` holds one more
         ``(args, kwargs)`` pair for each block. ``aux`` is a list with one tuple for each block.
+
+        ``rngs`` goes, as in ``nnx.Sequential``, to each block that has a keyword of that name. Each draws on from where
+        the one before it stopped, so the masks, and the counts afterwards, are those of the plain network. A key is
+        the same for all blocks. A block's own ``{"rngs": key}`` in ``layerwise_args_kwargs`` comes first.
+
+        >>> model = ReversibleSequential(nnx.Dropout(0.5), nnx.Dropout(0.5))
+        >>> rngs = nnx.Rngs(0)
+        >>> model(jnp.ones((2, 8)), rngs=rngs).shape, int(rngs.default.count[...])
+        ((2, 8), 2)
         """
         _refuse_modules((args, kwargs, layerwise_args_kwargs))
-        blocks, states = _parted(self.layers, inverting=False)
+        program, rngs = self.program, _check_rngs(self.rngs if rngs is None else rngs)
         parts = streams.split(x, self._how[0], self.num_streams, self.axis)
+        given = args, kwargs, layerwise_args_kwargs
+        blocks, params, drawn = parted(program, self.layers, rngs, parts, given, inverting=False)
         result = engine.reversible(
-            self.program,
+            program,
             blocks,
-            states,
+            params,
             parts,
             *args,
             layerwise_args_kwargs=layerwise_args_kwargs,
@@ -114,23 +141,27 @@ class ReversibleSequential(nnx.Module):
             **kwargs,
         )
         out, aux = result if blocks else (result, [])  # every block returns its changed state, if only an empty one
-        _write_back(self.layers, [extra[-1] for extra in aux])
+        write_back(self.layers, rngs, [extra[-1] for extra in aux], drawn)
         y, aux = streams.merge(out, self._how[1], self.axis), [extra[:-1] for extra in aux]
         return (y, aux) if any(aux) else y
 
-    def inverse(self, y: Any, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Any:
+    def inverse(
+        self, y: Any, *args: Any, rngs: Rngs = None, layerwise_args_kwargs: Layerwise = None, **kwargs: Any
+    ) -> Any:
         """Return the input of which the module made ``y``; changes no state.
 
         Raises:
             SpecError: the streams were not joined by ``"concat"``, so they cannot be told apart.
-            InversionError: a block draws random numbers; call ``eval()`` first.
+            InversionError: a block draws random numbers from a stream; call ``eval()`` first, or hand over keys.
         """
         sequential.check_invertible(self._how, "revcore_jax.inverse")
         _refuse_modules((args, kwargs, layerwise_args_kwargs))
-        blocks, states = _parted(self.layers, inverting=True)
+        program, rngs = self.program, _check_rngs(self.rngs if rngs is None else rngs)
         parts = streams.split(y, "chunk", self.num_streams, self.axis)
+        given = args, kwargs, layerwise_args_kwargs
+        blocks, params, _ = parted(program, self.layers, rngs, parts, given, inverting=True)
         result = engine.inverse(
-            self.program, blocks, states, parts, *args, layerwise_args_kwargs=layerwise_args_kwargs, **kwargs
+            program, blocks, params, parts, *args, layerwise_args_kwargs=layerwise_args_kwargs, **kwargs
         )
         return streams.merge(result, "concat", self.axis)
 
@@ -157,98 +188,10 @@ def unstack(module: M) -> list[M]:
     return [nnx.merge(graph, part) for part in unstack_trees(state)]
 
 
-# --- blocks as pure functions -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Pure:
-    """A module as a pure function of its state; equal modules give equal functions, which are traced once."""
-
-    graph: Any
-    inverting: bool
-
-    def __call__(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run("__call__", state, args, kwargs)
-
-    def forward(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        module = nnx.merge(self.graph, state)
-        return self._run("forward" if hasattr(module, "forward") else "__call__", state, args, kwargs)
-
-    def inverse(self, state: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._run("inverse", state, args, kwargs)[:-1]
-
-    def _run(self, method: str, state: Any, args: Any, kwargs: Any) -> tuple[Any, ...]:
-        module = nnx.merge(self.graph, state)
-        before = _leaves(module)
-        out = getattr(module, method)(*args, **kwargs)
-        after = _leaves(module)
-        changed = {
-            path: variable
-            for path, (variable, leaves) in after.items()
-            if path not in before or [*map(id, leaves)] != [*map(id, before[path][1])]
-        }
-        if self.inverting and any(isinstance(v, nnx.RngState) for v in changed.values()):
-            raise InversionError(
-                f"{type(module).__name__} draws random numbers, and those of the forward pass are not known: call "
-                "eval() before both the forward pass and its inverse"
-            )
-        updates = nnx.from_flat_state(changed.items())
-        return (*out, updates) if isinstance(out, (tuple, list)) else (out, updates)
-
-
-@dataclass(frozen=True)
-class _Function:
-    """A function as a block without state."""
-
-    function: Callable[..., Any]
-
-    def __call__(self, _: Any, *args: Any, **kwargs: Any) -> Any:
-        out = self.function(*args, **kwargs)
-        return (*out, nnx.State({})) if isinstance(out, (tuple, list)) else (out, nnx.State({}))
-
-
-# kept, so that the engine knows them again in the next call
-_pure = lru_cache(maxsize=1024)(_Pure)
-_function = lru_cache(maxsize=1024)(_Function)
-
-
-def _parted(layers: Sequence[Any], inverting: bool) -> tuple[list[Any], list[Any]]:
-    blocks, states = [], []
-    for layer in layers:
-        if isinstance(layer, nnx.Module):
-            graph, state = nnx.split(layer)
-            blocks.append(_pure(graph, inverting))
-        else:
-            blocks.append(_function(layer))
-            state = None
-        states.append(state)
-    return blocks, states
-
-
-def _leaves(module: Any) -> dict[Any, tuple[Any, list[Any]]]:
-    return {path: (v, jax.tree.leaves(v)) for path, v in nnx.to_flat_state(nnx.state(module))}
-
-
-def _variables(layer: Any) -> dict[Any, int]:
-    if not isinstance(layer, nnx.Module):
-        return {}
-    return {path: id(v) for path, v in nnx.iter_graph(layer) if isinstance(v, nnx.Variable)}
-
-
-def _write_back(layers: Sequence[Any], updates: Sequence[Any]) -> None:
-    """Write what blocks changed into them, unless another block holds it too: that one saw the old value."""
-    held = [_variables(layer) for layer in layers]
-    for i, update in enumerate(updates):
-        for path, _ in nnx.to_flat_state(update):
-            others = [j for j, variables in enumerate(held) if j != i and held[i].get(path) in variables.values()]
-            if others:
-                raise SpecError(
-                    f"block {i} changes its state {'.'.join(map(str, path))!r}, which block {others[0]} holds too, "
-                    "and which would see the old value: give each block a state of its own (parameters may be shared)"
-                )
-    for layer, update in zip(layers, updates, strict=True):
-        if update:
-            nnx.update(layer, update)
+def _check_rngs(rngs: Any) -> Any:
+    if rngs is None or isinstance(rngs, (nnx.Rngs, nnx.RngStream, jax.Array)):
+        return rngs
+    raise SpecError(f"rngs came as {type(rngs).__name__}, expected nnx.Rngs, nnx.RngStream or a key")
 
 
 def _refuse_modules(arguments: Any) -> None:
@@ -259,6 +202,6 @@ def _refuse_modules(arguments: Any) -> None:
         if is_module(value):
             raise SpecError(
                 f"an argument came as {type(value).__name__}, but blocks get copies of their arguments, so what they "
-                "change in it would be lost: make it a part of the blocks, or (for random numbers) give each block a "
-                "key, layerwise_args_kwargs=[((), {'rngs': key}) for key in keys]"
+                "change in it would be lost: make it a part of the blocks, or (for random numbers) hand it over by "
+                "name, model(x, rngs=rngs), or a key for each block, layerwise_args_kwargs=[((), {'rngs': key}), …]"
             )
