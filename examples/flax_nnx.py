@@ -121,6 +121,7 @@ class Learner:
         rngs = nnx.Rngs(seed)
         self.model = Digits(depth, policy, rngs) if task.name == "digits" else Text(depth, policy, rngs)
         self.optimizer = nnx.Optimizer(self.model, training.optimizer(task.rate, steps), wrt=nnx.Param)
+        self.model.train()  # said once before compiling, for modules remember whether it was said
         # Compiled here and now, for then it can be asked for the memory that it takes.
         self.compiled = train_step.lower(self.model, self.optimizer, *task.batch(0)).compile()
 

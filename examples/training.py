@@ -259,11 +259,11 @@ def table(figures: dict[str, Figures]) -> Table:
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def app(learner: type[Learner], console: Console | None = None) -> typer.Typer:
+def app(learner: type[Learner]) -> typer.Typer:
     """Return the command line of an example."""
     result = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
-    @result.command(help=_HELP.format(label=learner.label, module=learner.__module__))
+    @result.command(help=_HELP.format(label=learner.label, module=learner.label.lower().replace(" ", "_")))
     def command(
         task: Annotated[
             TaskName | None, typer.Option(help="Images of handwritten digits, or English text.", show_default="digits")
@@ -286,9 +286,7 @@ def app(learner: type[Learner], console: Console | None = None) -> typer.Typer:
     ) -> None:
         options = {"task": task, "steps": steps, "depth": depth, "seed": seed}
         given = {name: value for name, value in options.items() if value is not None}
-        raise typer.Exit(
-            run_example(learner, given, policy, checkpoint_dir, save_every, resume, compare, console or Console())
-        )
+        raise typer.Exit(run_example(learner, given, policy, checkpoint_dir, save_every, resume, compare, Console()))
 
     return result
 
@@ -304,11 +302,11 @@ under another `--policy`, which changes no value but by rounding.
 
 Examples:
 
-- `python -m {module} --task digits`
+- `python -m examples.{module} --task digits`
 
-- `python -m {module} --task text --checkpoint-dir run`, and later again with `--resume`
+- `python -m examples.{module} --task text --checkpoint-dir run`, and later again with `--resume`
 
-- `python -m {module} --task text --depth 48 --policy store-all`
+- `python -m examples.{module} --task text --depth 48 --policy store-all`
 """
 
 

@@ -88,11 +88,20 @@ def quick_compilation() -> Any:
 @pytest.mark.parametrize("name", LEARNERS)
 def test_policies_give_the_same_losses(name: str, task: Any, depth: int) -> None:
     data = make_task(task, seed=0)
-    found = training.measure(lambda policy: LEARNERS[name](data, depth, 4, 0, policy), data, rounds=1)
+    made = []
+
+    def make(policy: Any) -> training.Learner:
+        made.append(LEARNERS[name](data, depth, 4, 0, policy))
+        return made[-1]
+
+    found = training.measure(make, data, rounds=1)
     for policy, figures in found.items():
         for loss, expected in zip(figures.losses, found["store-all"].losses, strict=True):
             assert loss == pytest.approx(expected, rel=16 * depth * EPS["float32"]), policy
     assert found["reverse"].losses[1] != found["reverse"].losses[0]
+    before = training.evaluate(made[0], data)
+    made[0].train_step(*data.batch(2))  # evaluated in between, as in a run
+    assert training.evaluate(made[0], data) != before
     if task == "text":  # in a list XLA may move what it likes from step to step; a scan holds it
         assert found["reverse"].bytes < found["checkpoint"].bytes < found["store-all"].bytes
 
