@@ -4,6 +4,7 @@ PYTHON      ?= python3
 EXTRAS      ?= torch,jax,demo,dev
 PYTEST_ARGS ?= -n 2
 ARGS        ?=
+ENGINE      ?= torch
 # SYSTEM_SITE_PACKAGES=1: use the packages that PYTHON already has (a system image's torch and jax), in a venv apart.
 SYSTEM_SITE_PACKAGES ?=
 
@@ -49,8 +50,8 @@ format: $(READY) ## format the code and apply ruff's safe fixes
 demo: $(READY) ## train a reversible network and show what it took; ARGS="--help" lists its options
 	$(BIN)/python -m revcore demo $(ARGS)
 
-bench: $(READY) ## compare with checkpointing, and with the libraries that are installed; ARGS="--help" says how
-	$(BIN)/python -m benchmarks.torch_engine $(ARGS)
+bench: $(READY) ## compare with checkpointing and other libraries; ENGINE=jax for JAX; ARGS="--help" says how
+	$(BIN)/python -m benchmarks.$(ENGINE)_engine $(ARGS)
 
 clean: ## remove caches, builds and what the demo wrote
 	rm -rf build dist demo *.egg-info .hypothesis .pytest_cache .ruff_cache

@@ -38,6 +38,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks.shared import interleaved
 from benchmarks.torch_engine import measure, pictures, report
 from benchmarks.torch_engine.measure import Device, Step
 from benchmarks.torch_engine.report import Found, Row
@@ -80,7 +81,7 @@ def compare(
             row.bytes = where.memory(step)
         tick()
     gc.collect()
-    for name, seconds in measure.interleaved(steps, where, rounds, tick=tick).items():
+    for name, seconds in interleaved(steps, where, rounds, tick=tick).items():
         rows[name].seconds = seconds
     if where.name == "cuda" and not workload.trivial:
         for name, step in steps.items():

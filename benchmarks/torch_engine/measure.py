@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -209,53 +207,3 @@ def gradients(step: Step, blocks: Blocks) -> Tensor:
         leaf.grad.zero_()
     step()
     return torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None])
-
-
-# --- time -----------------------------------------------------------------------------------------------------------
-
-
-def interleaved(
-    steps: Mapping[str, Step],
-    where: Device,
-    rounds: int,
-    least: float = 0.02,
-    tick: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
-    """Return seconds a step, one number a round: in each round every way takes one turn, in a new order.
-
-    A turn is as many steps as last ``least`` seconds.
-    """
-    repeats = {name: max(1, round(least / where.seconds(step, 1))) for name, step in steps.items()}
-    order, seconds = list(steps), {name: [] for name in steps}
-    shuffle = random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for name in order:
-            seconds[name].append(where.seconds(steps[name], repeats[name]))
-            tick()
-    return seconds
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """The median of ratios, and the quartiles."""
-
-    low: float
-    median: float
-    high: float
-
-    @classmethod
-    def of(cls, seconds: list[float], base: list[float]) -> Ratio:
-        """Compare two ways round by round.
-
-        >>> Ratio.of([2.0, 3.0, 8.0], [1.0, 1.0, 2.0])
-        Ratio(low=2.5, median=3.0, high=3.5)
-        """
-        ratios = [a / b for a, b in zip(seconds, base, strict=True)]
-        if len(ratios) == 1:
-            return cls(*ratios * 3)
-        low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return cls(low, median, high)
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f}"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shared import apart
 from benchmarks.torch_engine.report import Found
 from benchmarks.torch_engine.ways import PLAIN, REVERSE, STORE_ALL, Family
 from revcore.pictures import load_pyplot
@@ -149,25 +150,3 @@ def memory(path: Path, found: Mapping[str, Found]) -> None:
     figure.tight_layout(w_pad=2, rect=(0, 0, 1, 0.94))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)
-
-
-def apart(heights: list[float], gap: float) -> list[float]:
-    """Move labels apart by ``gap``, as little as goes, their order kept.
-
-    >>> apart([9.0, 1.0, 1.0], gap=1.0)
-    [9.0, 0.5, 1.5]
-    """
-    groups: list[list[int]] = []  # labels that touch, from the lowest up, each group about its mean
-
-    def middle(group: list[int]) -> float:
-        return sum(heights[i] for i in group) / len(group)
-
-    def reach(group: list[int]) -> float:
-        return gap * (len(group) - 1) / 2
-
-    for i in sorted(range(len(heights)), key=heights.__getitem__):
-        groups.append([i])
-        while len(groups) > 1 and middle(groups[-2]) + reach(groups[-2]) + gap > middle(groups[-1]) - reach(groups[-1]):
-            groups[-2:] = [groups[-2] + groups[-1]]
-    placed = {i: middle(g) - reach(g) + gap * k for g in groups for k, i in enumerate(g)}
-    return [placed[i] for i in range(len(heights))]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.torch_engine.measure import Bytes, Ratio
+from benchmarks.shared import Claim, Ratio, markdown, table, verdict
+from benchmarks.torch_engine.measure import Bytes
 from benchmarks.torch_engine.ways import CHECKPOINT_BLOCK, CHECKPOINT_PAIR, REVERSE, REVLIB, STORE_ALL, Way
 from benchmarks.torch_engine.workloads import Workload
 
@@ -59,19 +55,6 @@ class Found:
     def peak(self, name: str) -> float:
         """Peak in S."""
         return self.rows[name].bytes.peak / self.workload.stream_bytes
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A figure and its bound."""
-
-    text: str
-    value: float
-    bound: float
-
-    @property
-    def ok(self) -> bool:
-        return self.value <= self.bound
 
 
 def claims(found: Mapping[str, Found]) -> list[Claim]:
@@ -144,10 +127,7 @@ def text(found: Mapping[str, Found], header: str, cuda: bool = False) -> str:
             parts += ["Peak (held after the forward pass), in S, by depth:", _by_depth(one)]
     held = claims(found)
     if held:
-        table = _table("what `Reverse()` is held to", "measured", "bound", "")
-        for claim in held:
-            table.add_row(claim.text, f"{claim.value:.3f}", f"≤ {claim.bound:.2f}", "yes" if claim.ok else "**no**")
-        parts += ["## Verdict", _markdown(table)]
+        parts += ["## Verdict", verdict("what `Reverse()` is held to", held)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -166,38 +146,25 @@ def _rows(one: Found, cuda: bool) -> str:
     S, trivial = one.workload.stream_bytes, one.workload.trivial
     more = ["µs a step"] if trivial else []
     more += ["tokens/s", "largest batch, tokens/s"] if cuda and not trivial else []
-    table = _table("way", "time", "quartiles", "held", "peak", "block calls", *more)
+    made = table("way", "time", "quartiles", "held", "peak", "block calls", *more)
     for name, row in one.rows.items():
         ratio = one.ratio(name)
         if not row.ok or ratio is None:
-            table.add_row(name, "failed")
+            made.add_row(name, "failed")
             continue
         cells = [f"{ratio.median:.2f} ×", f"{ratio.low:.2f} to {ratio.high:.2f}"]
         cells += [f"{row.bytes.held / S:.1f} S", f"{row.bytes.peak / S:.1f} S", f"{row.calls:.2f}"]
         cells += [f"{1e6 * sorted(row.seconds)[len(row.seconds) // 2]:.0f}"] if trivial else []
         cells += [row.tokens, row.largest] if cuda and not trivial else []
-        table.add_row(name, *cells)
+        made.add_row(name, *cells)
     failed = [f"- {name} failed: {row.error}" for name, row in one.rows.items() if not row.ok]
-    return "\n\n".join([_markdown(table), *(["\n".join(failed)] if failed else [])])
+    return "\n\n".join([markdown(made), *(["\n".join(failed)] if failed else [])])
 
 
 def _by_depth(one: Found) -> str:
     depths = sorted(next(iter(one.by_depth.values())))
-    table = _table("way", *(str(depth) for depth in depths))
+    made = table("way", *(str(depth) for depth in depths))
     S = one.workload.stream_bytes
     for name, by_depth in one.by_depth.items():
-        table.add_row(name, *(f"{by_depth[d].peak / S:.1f} ({by_depth[d].held / S:.1f})" for d in depths))
-    return _markdown(table)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(*columns, box=box.MARKDOWN, pad_edge=True)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
-
-
-def _markdown(table: Table) -> str:
-    out = io.StringIO()
-    Console(file=out, width=240).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines() if line.strip())
+        made.add_row(name, *(f"{by_depth[d].peak / S:.1f} ({by_depth[d].held / S:.1f})" for d in depths))
+    return markdown(made)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.shared import Ratio, apart, interleaved
 from benchmarks.torch_engine import __main__ as command
-from benchmarks.torch_engine import pictures, report
-from benchmarks.torch_engine.measure import Bytes, Cpu, LiveBytes, Ratio, Step, counted, floor, interleaved, largest
+from benchmarks.torch_engine import report
+from benchmarks.torch_engine.measure import Bytes, Cpu, LiveBytes, Step, counted, floor, largest
 from benchmarks.torch_engine.report import Found, Row
 from benchmarks.torch_engine.ways import CHECKPOINT_BLOCK, PLAIN, REVERSE, STORE_ALL, Family, Way, ways
 from benchmarks.torch_engine.workloads import Workload, workloads
@@ -122,7 +123,7 @@ def test_frontier_takes_our_fastest_policy_within_each_budget() -> None:
 
 
 def test_labels_are_moved_apart() -> None:
-    assert pictures.apart([9.0, 1.0, 1.0], gap=1.0) == [9.0, 0.5, 1.5]
+    assert apart([9.0, 1.0, 1.0], gap=1.0) == [9.0, 0.5, 1.5]
 
 
 def test_the_command_writes_a_table_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,234 @@
+"""Reversible networks over several devices: sharded arrays, shard_map, pmap, against one device and plain arithmetic.
+
+Eight devices of the CPU have to be asked for before JAX starts, so the cases run in one process of their own: this file
+as a script, which prints what became of each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from plain_network import KINDS, Net, arrays, assert_equal_networks, gradient, loss, mlp  # noqa: E402 (where a script finds it)
+
+DEVICES, ROWS, D = 8, 8, 4
+Case = Callable[[Net, Any, Any], Any]
+
+
+def mesh(explicit: bool = False, **axes: int) -> Any:
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(kind,) * len(axes))
+
+
+def put(tree: Any, mesh: Any, spec: Any) -> Any:
+    """Place the last axes of every leaf by ``spec``; one before them, of a ``Repeat``, stays whole."""
+    place = lambda a: NamedSharding(mesh, P(*[None] * (a.ndim - len(spec)), *spec))  # noqa: E731
+    return jax.tree.map(lambda a: jax.device_put(a, place(a)), tree)
+
+
+def centred(q: Any, z: Any) -> Any:
+    """A block that needs all rows."""
+    return mlp(q, z - z.mean(0))
+
+
+def centred_here(q: Any, z: Any) -> Any:
+    return mlp(q, z - lax.pmean(z.mean(0), "data"))
+
+
+# --- sharded arrays under jit -----------------------------------------------------------------------------------------
+
+
+def data_parallel(net: Net, p: Any, x: Any) -> Any:
+    devices = mesh(data=DEVICES)
+    result = jax.jit(gradient(net, block=centred))(put(p, devices, P()), put(x, devices, P("data", None)))
+    assert result[1][1][0].sharding.spec[0] == "data"
+    return result
+
+
+def data_parallel_explicit_axes(net: Net, p: Any, x: Any) -> Any:
+    devices = mesh(explicit=True, data=DEVICES)
+    with jax.set_mesh(devices):
+        return jax.jit(gradient(net, block=centred))(put(p, devices, P()), put(x, devices, P("data", None)))
+
+
+def tensor_parallel(net: Net, p: Any, x: Any) -> Any:
+    devices = mesh(data=2, model=4)
+    p = [{"w": put(q["w"], devices, P(None, "model")), "v": put(q["v"], devices, P("model", None))} for q in p]
+    return jax.jit(gradient(net, block=centred))(p, put(x, devices, P("data", None)))
+
+
+def sharding_constraint_in_a_block(net: Net, p: Any, x: Any) -> Any:
+    devices = mesh(data=2, model=4)
+
+    def block(q: Any, z: Any) -> Any:
+        hidden = lax.with_sharding_constraint((z - z.mean(0)) @ q["w"], NamedSharding(devices, P("data", "model")))
+        return jnp.tanh(hidden) @ q["v"]
+
+    return jax.jit(gradient(net, block=block))(p, put(x, devices, P("data", None)))
+
+
+def vmap_with_spmd_axis_name(net: Net, p: Any, x: Any) -> Any:
+    """Every row by itself over the mesh, with a constraint in the block that knows nothing of it."""
+    devices = mesh(data=DEVICES)
+
+    def block(q: Any, z: Any) -> Any:
+        return mlp(q, lax.with_sharding_constraint(z, NamedSharding(devices, P(None))))
+
+    def total(p: Any, x: Any) -> Any:
+        return jax.vmap(loss(net, block=block), in_axes=(None, 0), spmd_axis_name="data")(p, x).sum()
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(p, put(x, devices, P("data", None)))
+
+
+# --- shard_map --------------------------------------------------------------------------------------------------------
+
+
+def mapped(net: Net, devices: Any, p_spec: Any, x_spec: Any, check: bool, alike: Any = (), **how: Any) -> Any:
+    """The gradient of a loss that is computed in a shard_map, which sums it over the data."""
+
+    def local(p: Any, x: Any) -> Any:
+        value = lax.psum(loss(net, **how)(p, x), "data")
+        return lax.pmean(value, alike) if alike else value
+
+    run = jax.shard_map(local, mesh=devices, in_specs=(p_spec, x_spec), out_specs=P(), check_vma=check)
+    return jax.jit(jax.value_and_grad(run, argnums=(0, 1)))
+
+
+def shard_map(net: Net, p: Any, x: Any) -> Any:
+    return mapped(net, mesh(data=DEVICES), P(), P("data"), True, block=centred_here)(p, x)
+
+
+def shard_map_unchecked(net: Net, p: Any, x: Any) -> Any:
+    return mapped(net, mesh(data=DEVICES), P(), P("data"), False, block=centred_here)(p, x)
+
+
+def split_block(q: Any, z: Any) -> Any:
+    """Columns of ``w`` and rows of ``v`` on this device; the sum over devices is the block's output."""
+    return lax.psum(mlp(q, z - lax.pmean(z.mean(0), "data")), "model")
+
+
+def split_specs(p: Any) -> Any:
+    lead = [None] * (p[0]["w"].ndim - 2)
+    return [{"w": P(*lead, None, "model"), "v": P(*lead, "model", None)} for _ in p]
+
+
+def psum_in_a_block(net: Net, p: Any, x: Any) -> Any:
+    """The engine lets streams vary over all axes that parameters vary over: the mean says that the loss does not."""
+    run = mapped(net, mesh(data=2, model=4), split_specs(p), P("data"), True, ("model",), block=split_block)
+    return run(p, x)
+
+
+def psum_in_a_block_unchecked(net: Net, p: Any, x: Any) -> Any:
+    return mapped(net, mesh(data=2, model=4), split_specs(p), P("data"), False, block=split_block)(p, x)
+
+
+def psum_in_a_block_without_the_mean(net: Net, p: Any, x: Any) -> Any:
+    return mapped(net, mesh(data=2, model=4), split_specs(p), P("data"), True, block=split_block)(p, x)
+
+
+def gradient_in_a_shard_map(net: Net, p: Any, x: Any) -> Any:
+    """Each device differentiates for itself; parameters that do not vary get the sum over the devices."""
+
+    def local(p: Any, x: Any) -> Any:
+        value, grads = gradient(net, block=mlp)(p, x)
+        return lax.psum(value, "data"), grads
+
+    out = (P(), (P(), P("data")))
+    return jax.jit(jax.shard_map(local, mesh=mesh(data=DEVICES), in_specs=(P(), P("data")), out_specs=out))(p, x)
+
+
+def shard_map_in_a_block(net: Net, p: Any, x: Any) -> Any:
+    devices = mesh(data=DEVICES)
+    block = jax.shard_map(centred_here, mesh=devices, in_specs=(P(), P("data")), out_specs=P("data"))
+    return jax.jit(gradient(net, block=block))(p, put(x, devices, P("data", None)))
+
+
+def pmap(net: Net, p: Any, x: Any) -> Any:
+    def local(p: Any, x: Any) -> Any:
+        value, (gp, gx) = gradient(net, block=mlp)(p, x)
+        return lax.psum((value, gp), "data"), gx
+
+    (value, gp), gx = jax.pmap(local, "data", in_axes=(None, 0), out_axes=((None, None), 0))(
+        p, jax.tree.map(lambda a: a[:, None], x)
+    )
+    return value, (gp, jax.tree.map(lambda a: a[:, 0], gx))
+
+
+CASES: dict[str, tuple[Case, Callable[..., Any]]] = {
+    case.__name__.replace("_", " "): (case, block)
+    for block, cases in {
+        centred: [
+            data_parallel, data_parallel_explicit_axes, tensor_parallel, sharding_constraint_in_a_block,
+            shard_map, shard_map_unchecked, psum_in_a_block, psum_in_a_block_unchecked,
+            psum_in_a_block_without_the_mean, shard_map_in_a_block,
+        ],
+        mlp: [vmap_with_spmd_axis_name, gradient_in_a_shard_map, pmap],
+    }.items()
+    for case in cases
+}  # fmt: skip
+
+
+XFAIL = {
+    "psum in a block without the mean": pytest.mark.xfail(
+        strict=True,
+        reason="vary_alike casts streams to vary over the axes of parameters, so an output that a block's psum made "
+        "equal on all devices has the type of one that is not",
+    )
+}
+
+
+def run() -> dict[str, str]:
+    """Return what went wrong with each case, or nothing."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert len(jax.devices()) == DEVICES
+    results = {}
+    with jax.enable_x64(True):
+        for name, (case, block) in CASES.items():
+            for kind in KINDS:
+                want = jax.jit(gradient(Net(kind, ours=False), block=block))(*arrays(kind, rows=ROWS, d=D))
+                for dtype in ("float64", "float32"):
+                    try:
+                        got = case(Net(kind, ours=True), *arrays(kind, dtype, rows=ROWS, d=D))
+                        assert_equal_networks(jax.device_get(got), jax.device_get(want), dtype)
+                        problem = ""
+                    except Exception:  # whatever it is, it belongs to this case
+                        problem = traceback.format_exc()
+                    results[f"{name}, {kind}, {dtype}"] = problem
+    return results
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", __file__], env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=XFAIL.get(name, ())) for name in CASES])
+def test_on_eight_devices(name: str, dtype: str, kind: str, failures: dict[str, str]) -> None:
+    if problem := failures[f"{name}, {kind}, {dtype}"]:
+        pytest.fail(problem)
+
+
+if __name__ == "__main__":
+    print(json.dumps(run()))
