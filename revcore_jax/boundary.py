@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,26 +23,50 @@ from revcore.policy import check_policy as check_any_policy
 from revcore.program import Program
 from revcore.step import Bijection, Chain, Couple, Repeat, Step
 from revcore_jax.plan import children, size, written
+from revcore_jax.retain import check_host_memory
 from revcore_jax.trees import Block, Hoisted, Traced, is_array, is_inexact, take
 
 _KIND = "JAX array"
 
 
 def check_policy(policy: Any) -> StepPolicy:
-    """Return ``policy`` if it is one that this engine has: one for the whole program, with everything on the device."""
+    """Return ``policy`` if it is one that this engine has: one for the whole program."""
     policy = check_any_policy(policy)
     if not isinstance(policy, (Reverse, StoreAll, Checkpoint)):
         raise SpecError(
             f"policy came as {policy!r}, expected one instance of Reverse, StoreAll or Checkpoint for the whole "
             "program: revcore_jax chooses none by step"
         )
-    for name in ("recompute", "offload"):
-        if getattr(policy, name, None):
-            raise SpecError(
-                f"policy came as {policy!r}, but revcore_jax does not know {name}: leave it out, or wrap the block in "
-                "jax.checkpoint(block, policy=…)"
-            )
+    recompute = getattr(policy, "recompute", None)
+    if recompute is not None and not callable(recompute):
+        raise SpecError(
+            f"policy came as {policy!r}, but JAX has no list of operators: write recompute=jax.checkpoint_policies."
+            "dots_saveable, or another of that module's"
+        )
+    if policy.offload and isinstance(policy, StoreAll):
+        raise SpecError(
+            "policy came as StoreAll(offload=True), but JAX offloads what a checkpoint policy names: write "
+            "Reverse(offload=True) or Checkpoint(offload=True)"
+        )
     return policy
+
+
+def check_offload(policy: StepPolicy, program: Program) -> None:
+    """Raise if the policy offloads, and the program or the device cannot."""
+    if not policy.offload:
+        return
+    if not any(isinstance(step, Repeat) for step in _walk(program.steps)):
+        raise SpecError(
+            f"policy came as {policy!r}, but XLA moves to the host only what a scan puts out, and the program has no "
+            "Repeat: write one (with the blocks' parameters stacked), or leave offload out"
+        )
+    check_host_memory(policy)
+
+
+def _walk(steps: Iterable[Step]) -> Iterator[Step]:
+    for step in steps:
+        yield step
+        yield from _walk(step.steps if isinstance(step, Chain) else (step.step,) if isinstance(step, Repeat) else ())
 
 
 def bind(

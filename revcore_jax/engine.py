@@ -1,9 +1,9 @@
 """The JAX engine: a tree of steps with a forward and a backward each, under one ``jax.custom_vjp``.
 
 Read :func:`forward` and :func:`backward` side by side: for every kind of node one says what it does and what it
-keeps, the other how it gets its input back and what gradients it gives. Four invariants hold throughout (J1 to J4 of
-``docs/design.md``): what is kept, that every leaf is an argument, that equal layers are traced once, and that a step's
-rebuild waits for its cotangent.
+keeps, the other how it gets its input back and what gradients it gives. Five invariants hold throughout (J1 to J5 of
+``docs/design.md``): what is kept, that every leaf is an argument, that equal layers are traced once, that steps wait
+for each other, and that stacked parameters are not copied.
 """
 
 from __future__ import annotations
@@ -24,9 +24,24 @@ from revcore.laws import InverseReport, relative_error
 from revcore.policy import Policy, Reverse, StoreAll
 from revcore.program import Program
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
-from revcore_jax.boundary import bind, check_policy, probe
-from revcore_jax.plan import Anchored, Loop, Node, Parts, Recomputed, Seq, Stored, children, make_plan, stores
-from revcore_jax.trees import add, mask_float0, pullback, take, vary_alike, zeros
+from revcore_jax import retain
+from revcore_jax.boundary import bind, check_offload, check_policy, probe
+from revcore_jax.plan import (
+    Anchored,
+    Loop,
+    Node,
+    Offloaded,
+    Parts,
+    Recomputed,
+    Selected,
+    Seq,
+    Split,
+    Stored,
+    children,
+    make_plan,
+    stores,
+)
+from revcore_jax.trees import add, is_inexact, mask_float0, pullback, put, take, vary_alike, zeros
 
 Streams = tuple[Any, ...]
 Slots = tuple[Any, ...]  # of Block, or Hoisted
@@ -68,7 +83,8 @@ def reversible(
             leaves (``True``, ``"same"``, ``None``, Python numbers) are static, so a new value compiles anew.
         layerwise_args_kwargs: one ``(args, kwargs)`` for each slot, handed to that block after the common ones; stacked
             inside ``Repeat`` as ``params`` are. The place for a dropout key of each layer.
-        policy: what the backward pass keeps, in steps; inside a ``Repeat`` rounded to whole iterations.
+        policy: what the backward pass keeps, in steps; inside a ``Repeat`` rounded to whole iterations. Its
+            ``recompute`` is one of ``jax.checkpoint_policies``; ``offload`` needs a ``Repeat``.
 
     Returns:
         The streams in ``program.output`` order; ``(streams, aux)`` if any block returned more than its output, ``aux``
@@ -92,6 +108,7 @@ def reversible(
     """
     policy = check_policy(policy)
     slots, *leaves = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
+    check_offload(policy, program)
     theta, shared, start = vary_alike(leaves)
     slots, shared = probe(program, slots, theta, shared, start)
     run = _run_reversed if isinstance(policy, Reverse) else _run_plainly
@@ -220,15 +237,23 @@ def forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams,
                 aux.extend(extra)
                 residual.append(kept)
             return streams, tuple(aux), tuple(residual)
-        case Loop(body, n):
+        case Loop(body, n, every):
+            every = every if keep else None
 
-            def one(streams: Streams, theta: Any) -> Any:
-                y, aux, kept = forward(body, slots, theta, shared, streams, keep)
-                return y, (aux, kept)
+            def one(carry: Any, item: Any) -> Any:
+                i, theta = item
+                anchors = _noted(carry[1], carry[0], i, every)
+                y, aux, kept = forward(body, slots, theta, shared, carry[0], keep)
+                return (y, anchors), (aux, kept)
 
+            start = streams, _room(streams, n, every)
             with _compiled(keep and stores(body)):
-                streams, (aux, residual) = lax.scan(one, streams, theta, length=n)
-            return streams, aux, residual
+                (streams, anchors), (aux, residual) = _scan(one, start, n, theta)
+            return streams, aux, (residual, anchors)
+        case Split(head, tail, n):
+            streams, front, before = forward(head, slots, theta, shared, streams, keep)
+            streams, back, after = forward(tail, slots, _cut(theta, n), shared, streams, keep)
+            return streams, jax.tree.map(lambda a, b: jnp.concatenate((a, b)), front, back), (before, after)
         case Parts(nodes):
             aux, residual = [], []
             for child, values in zip(nodes, _part(node, theta), strict=True):
@@ -242,27 +267,29 @@ def forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams,
         case Anchored(inner) if keep:
             y, aux, residual = forward(inner, slots, theta, shared, streams, True)
             return y, aux, (streams, residual)
-        case Recomputed(inner):
-            return *jax.checkpoint(partial(_run_plainly, inner, slots))(theta, shared, streams), ()
-        case Stored(inner) | Anchored(inner):
+        case Selected(inner, recompute) if keep:
+            y, (own,), _ = forward(inner, (retain.Selecting(slots[0], recompute),), theta, shared, streams, False)
+            aux = (own[:-1],)
+            gaux = jax.tree.map(lambda a: a if is_inexact(a) else None, aux)  # of the type that cotangents will have
+
+            def again(saved: Any) -> Any:
+                return backward(Selected(inner, recompute), slots, theta, shared, saved, y, y, gaux)
+
+            return y, aux, retain.needed(own[-1], again)
+        case Offloaded(inner) if keep:
+            y, aux, residual = forward(inner, slots, theta, shared, streams, True)
+            return y, aux, retain.on_host(residual)
+        case Recomputed(inner, recompute, offload):
+            run = retain.checkpoint(partial(_run_plainly, inner, slots), recompute, offload)
+            return *run(theta, shared, streams), ()
+        case Stored(inner) | Anchored(inner) | Selected(inner) | Offloaded(inner):
             return forward(inner, slots, theta, shared, streams, False)
 
 
 def backward(
-    node: Node,
-    slots: Slots,
-    theta: Any,
-    shared: Any,
-    residual: Any,
-    y: Streams,
-    gy: Streams,
-    gaux: Any,
-    fence: bool = False,
+    node: Node, slots: Slots, theta: Any, shared: Any, residual: Any, y: Streams, gy: Streams, gaux: Any
 ) -> Any:
     """Return ``(x, gx, gtheta, gshared)``: the node's input, and the gradients."""
-    if fence:
-        # J4: or XLA rebuilds all layers first and holds them all: reversible, and nothing saved
-        theta, y, gy = lax.optimization_barrier((theta, y, gy))
     match node:
         case Couple(target, sources):
 
@@ -283,33 +310,48 @@ def backward(
             gtheta, gshared, gx = pull((gy, *gaux) if node.block else (gy, ()))
             return x, gx, gtheta, gshared
         case Seq(nodes):
-            gtheta, total = [], zeros(shared)
+            gtheta, g, total = (), (), zeros(shared)
             for (child, here), kept in reversed(list(zip(children(nodes), residual, strict=True))):
-                y, gy, g, gshared = _backward_jit(
-                    child, slots[here], theta[here], shared, kept, y, gy, gaux[here], len(nodes) > 1
-                )
-                gtheta[:0] = g
+                values, y, gy, g, total = _fence(len(nodes) > 1, (theta[here], y, gy, g, total))
+                gtheta = g + gtheta
+                y, gy, g, gshared = _backward_jit(child, slots[here], values, shared, kept, y, gy, gaux[here])
                 total = add(total, gshared)
-            return y, gy, tuple(gtheta), total
-        case Loop(body, n):
+            return y, gy, g + gtheta, total
+        case Loop(body, n, every):
+            residual, anchors = residual
 
             def one(carry: Any, item: Any) -> Any:
-                y, gy, total = carry
-                x, gx, gtheta, gshared = backward(body, slots, item[0], shared, item[1], y, gy, item[2])
-                return (x, gx, add(total, gshared)), gtheta
+                y, gy, total, gtheta = carry
+                i, theta, kept, gextra = item
+                x, gx, g, gshared = backward(body, slots, theta, shared, kept, y, gy, gextra)
+                return (_picked(anchors, x, i, every), gx, add(total, gshared), put(gtheta, i, g)), None
 
-            start = (y, gy, zeros(shared))
+            start = (y, gy, zeros(shared), zeros(theta))
             with _compiled(stores(body)):
-                (x, gx, gshared), gtheta = lax.scan(one, start, (theta, residual, gaux), length=n, reverse=True)
+                (x, gx, gshared, gtheta), _ = _scan(one, start, n, theta, residual, gaux, reverse=True)
             return x, gx, gtheta, gshared
+        case Split(head, tail, n):
+            before, after = residual
+            gfront, gback = (jax.tree.map(lambda a, s=s: a[s], gaux) for s in (slice(n), slice(n, None)))
+            y, gy, last, total = backward(tail, slots, _cut(theta, n), shared, after, y, gy, gback)
+            theta, y, gy, last, total = _fence(True, (theta, y, gy, last, total))
+            x, gx, gtheta, gshared = backward(head, slots, theta, shared, before, y, gy, gfront)
+            gtheta = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, n, 0), gtheta, last)
+            return x, gx, gtheta, add(total, gshared)
         case Parts(nodes):
             gtheta, total = [], zeros(shared)
             pieces = list(zip(nodes, _part(node, theta), residual, _part(node, gaux), strict=True))
             for child, values, kept, gextra in reversed(pieces):
-                y, gy, g, gshared = _backward_jit(child, slots, values, shared, kept, y, gy, gextra, True)
-                gtheta.insert(0, g)
+                values, y, gy, gtheta, total = _fence(True, (values, y, gy, gtheta, total))
+                y, gy, g, gshared = _backward_jit(child, slots, values, shared, kept, y, gy, gextra)
+                gtheta = [g, *gtheta]
                 total = add(total, gshared)
             return y, gy, _join(node, gtheta), total
+        case Selected(inner, recompute):
+            selecting = retain.Selecting(slots[0], recompute, residual)
+            return backward(inner, (selecting,), theta, shared, (), y, gy, gaux)
+        case Offloaded(inner):
+            return backward(inner, slots, theta, shared, retain.on_device(residual), y, gy, gaux)
         case Stored():
             x, pull = residual
             gtheta, gshared, gx = pull.given((theta, shared, x))((gy, gaux))
@@ -320,6 +362,15 @@ def backward(
             return x, gx, gtheta, gshared
         case _:
             raise AssertionError(f"{node} has no reversible backward pass")
+
+
+def _fence(needed: bool, values: Any) -> Any:
+    """J4: what comes behind waits until all of ``values`` is there.
+
+    Or XLA rebuilds all layers before the first cotangent is there, or leaves the gradients of parameters for later and
+    holds what they are made of: reversible, and nothing saved.
+    """
+    return lax.optimization_barrier(values) if needed else values
 
 
 def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams) -> Streams:
@@ -337,7 +388,7 @@ def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams) -> Stre
             return y
         case Loop(body, n):
             back = partial(_undo, body, slots)
-            return lax.scan(lambda y, th: (back(th, shared, y), None), y, theta, length=n, reverse=True)[0]
+            return _scan(lambda y, item: (back(item[1], shared, y), None), y, n, theta, reverse=True)[0]
         case _:
             raise AssertionError(f"{node} has no inverse")
 
@@ -351,9 +402,50 @@ def _compiled(needed: bool) -> Any:
     return jax.disable_jit(False) if needed else contextlib.nullcontext()
 
 
+def _scan(one: Any, carry: Any, n: int, theta: Any, *more: Any, reverse: bool = False) -> Any:
+    """Scan ``one(carry, (i, theta_i, *more_i))`` over the first ``n`` of stacked parameters, in place (J5)."""
+    indices = jnp.arange(n)
+    if all(leaf.shape[0] == n for leaf in jax.tree.leaves(theta)):
+        return lax.scan(one, carry, (indices, theta, *more), reverse=reverse)
+
+    def of(carry: Any, item: Any) -> Any:
+        return one(carry, (item[0], take(theta, item[0]), *item[1:]))
+
+    return lax.scan(of, carry, (indices, *more), reverse=reverse)
+
+
+def _room(streams: Streams, n: int, every: int | None) -> Any:
+    """Make room for the inputs that a loop keeps."""
+    return () if every is None else tuple(_many(jnp.zeros_like(s), (n - 1) // every) for s in streams)
+
+
+def _many(array: Any, n: int) -> Any:
+    return jnp.broadcast_to(array, (n, *array.shape))
+
+
+def _noted(anchors: Any, streams: Streams, i: Any, every: int | None) -> Any:
+    """Return ``anchors`` with the input of iteration ``i`` among them, if it is one of those that are kept."""
+    if every is None:
+        return anchors
+    place, hit = _place(i, every)
+    return put(anchors, place, jax.tree.map(lambda a, s: jnp.where(hit, s, a), take(anchors, place), streams))
+
+
+def _picked(anchors: Any, streams: Streams, i: Any, every: int | None) -> Streams:
+    """Return the kept input of iteration ``i`` where there is one, else ``streams``."""
+    if every is None:
+        return streams
+    place, hit = _place(i, every)
+    return jax.tree.map(lambda a, s: jnp.where(hit, a, s), take(anchors, place), streams)
+
+
+def _place(i: Any, every: int) -> tuple[Any, Any]:
+    return jnp.maximum(i // every - 1, 0), (i > 0) & (i % every == 0)
+
+
 # J3: jitted under the identity of (node, slots), so equal layers are traced once, and eager calls run compiled steps.
 _forward_jit = jax.jit(forward, static_argnums=(0, 1, 5))
-_backward_jit = jax.jit(backward, static_argnums=(0, 1, 8))
+_backward_jit = jax.jit(backward, static_argnums=(0, 1))
 
 
 # --- the pieces of one step -------------------------------------------------------------------------------------------
@@ -385,6 +477,10 @@ def _cast(gradient: Any, like: Any) -> Any:
 
 def _replace(streams: Streams, index: int, value: Any) -> Streams:
     return (*streams[:index], value, *streams[index + 1 :])
+
+
+def _cut(tree: Any, start: int) -> Any:
+    return jax.tree.map(lambda a: a[start:], tree)
 
 
 def _part(node: Parts, tree: Any) -> list[Any]:

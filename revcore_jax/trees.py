@@ -18,6 +18,10 @@ try:
     from jax.core import eval_jaxpr
 except ImportError:  # it has moved before
     from jax._src.core import eval_jaxpr
+try:
+    from jax.interpreters.partial_eval import dce_jaxpr
+except ImportError:
+    from jax._src.interpreters.partial_eval import dce_jaxpr
 
 
 def is_array(value: Any) -> bool:
@@ -143,6 +147,20 @@ class Traced:
         return self.out_tree.unflatten(out)
 
 
+def eval_one(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Return the results of one equation of a jaxpr."""
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # before 0.10.2, functions were apart
+    out = eqn.primitive.bind(*functions, *values, **params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def uses(function: Callable[..., Any], *args: Any) -> list[bool]:
+    """Say for each leaf of ``args`` whether any result of ``function`` depends on it."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
+
+
 class Hoisted:
     """A block that closes over tracers, which it now takes from the end of the shared leaves."""
 
@@ -181,9 +199,14 @@ def mask_float0(tree: Any) -> Any:
     return jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, tree)
 
 
-def take(tree: Any, index: int) -> Any:
+def take(tree: Any, index: Any) -> Any:
     """Return entry ``index`` of every leaf's leading axis."""
-    return jax.tree.map(lambda a: a[index], tree)
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, 0, keepdims=False), tree)
+
+
+def put(tree: Any, index: Any, entry: Any) -> Any:
+    """Return ``tree`` with ``entry`` at ``index`` of every leaf's leading axis."""
+    return jax.tree.map(lambda a, e: jax.lax.dynamic_update_index_in_dim(a, e, index, 0), tree, entry)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["vjp"], meta_fields=["treedef", "mask"])

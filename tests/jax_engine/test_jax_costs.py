@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close
+from jax.ad_checkpoint import checkpoint_name
 
 import revcore_jax
 from revcore import Chain, Checkpoint, Couple, Momentum, Program, Repeat, Reverse, StoreAll, revnet
 from revcore_jax import engine
+from revcore_jax.trees import dce_jaxpr
 
 ROWS, D = 32, 16
 STREAM = ROWS * D * 4
@@ -23,6 +25,10 @@ PAIR = (Couple(0, (1,)), Couple(1, (0,), Momentum(0.9)))
 
 def mlp(p: Any, x: Any, context: Any) -> Any:
     return jnp.tanh(x @ p["w"] + context) @ p["v"]
+
+
+def named(p: Any, x: Any, context: Any) -> Any:
+    return jnp.tanh(checkpoint_name(x @ p["w"] + context, "hidden")) @ p["v"]
 
 
 def network(kind: str, depth: int, block: Any = mlp) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -73,19 +79,21 @@ def count(jaxpr: Any) -> collections.Counter[str]:
     return total
 
 
-def check_barriers(jaxpr: Any, expected: int) -> None:
-    """Fail unless each step's backward pass has one barrier over parameters, streams and cotangents, and nothing of the
-    step sees them in front of it (or XLA could rebuild all layers before the first cotangent is there)."""
+def check_barriers(jaxpr: Any, steps: int) -> None:
+    """Fail unless each step's backward pass stands behind a barrier of its own: from there come its parameters, the
+    streams and their cotangents, and the gradients that the step before made wait there too (J4)."""
 
-    def walk(jaxpr: Any) -> int:
-        own = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier"]
-        for barrier in own:
-            behind = {v for v in barrier.invars if not hasattr(v, "val")}
-            assert len(barrier.invars) == 2 + 2 + 2, "two parameters, two streams, two cotangents"
-            assert not any(v in behind for eqn in jaxpr.eqns if eqn is not barrier for v in eqn.invars if v.aval.shape)
-        return len(own) + sum(walk(sub) for _, sub in inner(jaxpr))
+    def walk(jaxpr: Any) -> list[int]:
+        calls = [eqn for eqn in jaxpr.eqns if eqn.params.get("name") == "backward"]
+        barriers = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier"]
+        if len(calls) > 1 or barriers:
+            assert len(calls) == len(barriers)
+            for call, barrier in zip(calls, barriers, strict=True):
+                assert sum(v in barrier.outvars for v in call.invars if not hasattr(v, "val")) == 2 + 2 + 2
+        return [len(barrier.invars) for barrier in barriers] + [n for _, sub in inner(jaxpr) for n in walk(sub)]
 
-    assert walk(jaxpr) == expected
+    first = 2 + 2 + 2 + 1  # two parameters, two streams, two cotangents, the context's gradient
+    assert walk(jaxpr) == [first] + [first + 2] * (steps - 1)
 
 
 @pytest.mark.parametrize("kind", ["chain", "repeat"])
@@ -95,23 +103,68 @@ def test_residuals_are_the_streams_at_any_depth(kind: str) -> None:
         assert residual(*network(kind, depth), Reverse()) == 2 * STREAM
 
 
-def test_residuals_of_other_policies_are_what_they_say() -> None:
-    run, given = network("chain", 8)
+@pytest.mark.parametrize("kind", ["chain", "repeat"])
+def test_residuals_of_other_policies_are_what_they_say(kind: str) -> None:
+    run, given = network(kind, 8)
     assert residual(run, given, Reverse(anchor_every=4)) == (2 + 2 * 3) * STREAM  # three anchors between four runs
-    assert residual(run, given, Checkpoint(4)) == 4 * 2 * STREAM
+    assert residual(run, given, Reverse(anchor_every=6)) == (2 + 2 * 2) * STREAM
+    assert residual(run, given, Reverse(anchor_every=16)) == 2 * STREAM
     assert residual(run, given, StoreAll()) > 16 * STREAM
 
 
-def test_temporary_memory_of_a_repeat_is_flat() -> None:
-    sizes = set()
-    for depth in (8, 16, 32, 64):
-        run, given = network("repeat", depth)
-        compiled = jax.jit(gradient(run)).lower(*given).compile()
-        analysis = compiled.memory_analysis()
-        if analysis is None:
-            pytest.skip("this platform analyses no memory")
-        sizes.add(analysis.temp_size_in_bytes)
-    assert len(sizes) == 1
+def test_a_checkpoint_keeps_its_inputs() -> None:
+    run, given = network("chain", 8)
+    assert residual(run, given, Checkpoint(4)) == 4 * 2 * STREAM
+
+
+def dots(run: Any, given: Any, policy: Any) -> int:
+    """Return how many products a training step computes, but for those whose results nobody uses."""
+    jaxpr = jax.make_jaxpr(gradient(run, policy))(*given).jaxpr
+    return count(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])["dot_general"]
+
+
+def test_selected_results_are_kept_and_not_made_again() -> None:
+    """tanh(x @ w + c) @ v: kept are both products or one of them, made again are the others."""
+    blocks, made = 2 * 4, jax.checkpoint_policies
+    run, given = network("chain", 4, named)
+    for recompute, kept, again in (
+        (None, 0, 2),
+        (made.nothing_saveable, 0, 2),
+        (made.save_only_these_names("hidden"), 1, 1),
+        (made.dots_saveable, 2, 0),
+    ):
+        policy = Reverse(recompute=recompute)
+        assert residual(run, given, policy) == (2 + kept * blocks) * STREAM
+        unused = min(again, 1)  # the network's own input is rebuilt for nobody
+        assert dots(run, given, policy) == (6 + again) * blocks - unused
+    loop, stacked = network("repeat", 4, named)
+    assert residual(loop, stacked, Reverse(recompute=made.dots_saveable)) == (2 + 2 * blocks) * STREAM
+
+
+def test_what_the_backward_pass_does_not_use_is_not_kept() -> None:
+    run, given = network("chain", 4, lambda p, x, context: jnp.sin(jnp.cos(x) @ p["w"]) @ (3 * p["v"]) + 2 * context)
+    everything = residual(run, given, Reverse(recompute=jax.checkpoint_policies.everything_saveable))
+    # cos(x), the first product and its sine, the second product, and 3·v
+    assert everything <= (2 + 5 * 8) * STREAM
+
+
+def temporary(run: Any, given: Any, policy: Any) -> int:
+    analysis = jax.jit(gradient(run, policy)).lower(*given).compile().memory_analysis()
+    if analysis is None:
+        pytest.skip("this platform analyses no memory")
+    return analysis.temp_size_in_bytes
+
+
+@pytest.mark.parametrize("policy", [Reverse(), Reverse(keep_last=4)], ids=str)
+def test_temporary_memory_of_a_repeat_is_flat(policy: Any) -> None:
+    """Beyond what a policy keeps; stacked parameters above all are not copied. (16 bytes a layer hold its index.)"""
+    sizes = [temporary(*network("repeat", depth), policy) for depth in (8, 16, 32, 64)]
+    assert max(sizes) - min(sizes) <= 16 * 64
+
+
+def test_anchors_in_a_repeat_take_their_own_bytes_alone() -> None:
+    few, many = (temporary(*network("repeat", depth), Reverse(anchor_every=8)) for depth in (16, 64))
+    assert many - few <= (2 * 12 + 1) * STREAM  # 3 and 15 anchors of two streams
 
 
 @pytest.mark.parametrize("kind", ["chain", "repeat"])

@@ -29,6 +29,7 @@ from revcore import (
     SpecError,
     StoreAll,
 )
+from revcore_jax import retain
 
 D = 4
 
@@ -171,6 +172,9 @@ POLICIES = [
     Reverse(keep_last=5),
     Reverse(keep_last=100),
     Reverse(anchor_every=3, keep_last=2),
+    Reverse(anchor_every=4, recompute=jax.checkpoint_policies.dots_saveable),
+    Reverse(keep_last=2, recompute=jax.checkpoint_policies.everything_saveable),
+    Checkpoint(2, recompute=jax.checkpoint_policies.dots_saveable),
     Checkpoint(),
     Checkpoint(3),
     Checkpoint(100),
@@ -185,6 +189,35 @@ def test_policies_change_no_value(name: str, policy: Any) -> None:
     want = jax.jit(jax.value_and_grad(loss_of(network, StoreAll()), argnums=(0, 1)))(*given)
     got = jax.jit(jax.value_and_grad(loss_of(network, policy), argnums=(0, 1)))(*given)
     assert tree_error(got, want) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Reverse(anchor_every=4, offload=True),
+        Reverse(keep_last=2, recompute=jax.checkpoint_policies.dots_saveable, offload=True),
+        Reverse(recompute=jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")),
+        Checkpoint(2, offload=True),
+        Checkpoint(2, recompute=jax.checkpoint_policies.dots_saveable, offload=True),
+    ],
+    ids=str,
+)
+def test_what_is_offloaded_comes_back(policy: Any) -> None:
+    if "pinned_host" not in [memory.kind for memory in jax.devices()[0].addressable_memories()]:
+        pytest.skip("this device has no pinned host memory")
+    network = networks()["repeat"]
+    given = network[2], streams_for(network)
+    want = jax.jit(jax.value_and_grad(loss_of(network, StoreAll()), argnums=(0, 1)))(*given)
+    step = jax.jit(jax.value_and_grad(loss_of(network, policy), argnums=(0, 1)))
+    assert tree_error(step(*given), want) <= 1e-12
+    assert "<host>" in str(jax.make_jaxpr(step)(*given))  # the CPU's compiler then makes one memory of both
+
+
+def test_a_device_without_host_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retain, "_HOST", "no such memory")
+    network = networks()["repeat"]
+    with pytest.raises(SpecError, match=r"offload=True needs 'no such memory': leave it out here"):
+        loss_of(network, Checkpoint(offload=True))(network[2], streams_for(network))
 
 
 @pytest.mark.parametrize("name", ["additive", "momentum", "affine", "repeat"])
@@ -322,21 +355,6 @@ def test_keys_replay(typed: bool, where: str) -> None:
     assert not np.array_equal(drawn[0], drawn[1])
 
 
-def test_integer_params_get_no_gradient() -> None:
-    def block(p: Any, x: Any) -> Any:
-        return jnp.tanh(x[..., p["order"]] @ p["w"]) * p["power"]
-
-    def loss(w: Any, policy: Any) -> Any:
-        params = [{"w": w[i], "order": jnp.array([2, 0, 3, 1]), "power": 0.5, "none": None} for i in range(2)]
-        y = revcore_jax.reversible(
-            revcore.revnet(2), [block] * 2, params, (normal(1, 3, D), normal(2, 3, D)), policy=policy
-        )
-        return jnp.sum(y[0] * y[1])
-
-    w = [normal(i, D, D) for i in range(2)]
-    assert tree_error(jax.grad(loss)(w, Reverse()), jax.grad(loss)(w, StoreAll())) <= 1e-12
-
-
 def test_aux_is_one_tuple_for_each_slot() -> None:
     program, blocks, params = network = networks()["aux"]
     (_, aux), (_, plain) = (
@@ -349,70 +367,7 @@ def test_aux_is_one_tuple_for_each_slot() -> None:
     assert tree_error([a[0] for a in aux], [a[0] for a in plain]) == 0
 
 
-def test_one_output_is_enough() -> None:
-    network = networks()["momentum"]
-
-    def loss(params: Any, policy: Any) -> Any:
-        return jnp.sum(revcore_jax.reversible(*network[:2], params, streams_for(network), policy=policy)[0] ** 2)
-
-    assert tree_error(jax.grad(loss)(network[2], Reverse()), jax.grad(loss)(network[2], StoreAll())) <= 1e-12
-
-
-def test_narrow_blocks_over_wide_streams() -> None:
-    def block(p: Any, x: Any) -> Any:
-        return mlp(jax.tree.map(lambda a: a.astype(jnp.bfloat16), p), x.astype(jnp.bfloat16))
-
-    program, _, params = networks()["additive"]
-    network = program, [block] * 5, jax.tree.map(lambda a: a.astype(np.float32), params)
-    given = network[2], streams_for(network, np.float32)
-    want, got = (jax.grad(loss_of(network, policy))(*given) for policy in (StoreAll(), Reverse()))
-    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(got))
-    assert tree_error(got, want) <= 1e-2
-
-
-def test_complex_streams() -> None:
-    network = networks()["affine"]
-    x = tuple(a + 1j * b for a, b in zip(streams_for(network), streams_for(network)[::-1], strict=True))
-    params = jax.tree.map(lambda a: a + 0.1j * a, network[2])
-
-    def loss(params: Any, x: Any, policy: Any) -> Any:
-        y = revcore_jax.reversible(*network[:2], params, x, policy=policy)
-        return jnp.sum(jnp.abs(y[0]) ** 2 + (y[1] * y[1]).real)
-
-    want, got = (jax.grad(loss, argnums=(0, 1))(params, x, p) for p in (StoreAll(), Reverse()))
-    parts = [[(a.real, a.imag) for a in jax.tree.leaves(t)] for t in (got, want)]
-    assert tree_error(*parts) <= 1e-12
-
-
 # --- closures ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("repeat", [False, True], ids=["chain", "repeat"])
-def test_closed_over_values_have_gradients(repeat: bool, jit: bool) -> None:
-    """What a block closes over (floats, integers, keys; a fresh function each call) behaves as an argument."""
-    program = Program((Repeat(LAYER, 3),) if repeat else (LAYER,) * 3)
-    params = [mlp_params(i, *[3] * repeat) for i in range(program.num_slots)]
-
-    def loss(given: Any, policy: Any) -> Any:
-        scale, order, key = given["scale"] ** 2, jnp.argsort(given["scale"]), jax.random.key(given["seed"])
-
-        def block(p: Any, x: Any) -> Any:
-            return mlp(p, x[..., order]) * scale + jax.random.normal(key, (D,))
-
-        y = revcore_jax.reversible(program, [block] * program.num_slots, given["params"], given["x"], policy=policy)
-        return jnp.sum(y[0] * y[1])
-
-    given = {"params": params, "x": (normal(1, 3, D), normal(2, 3, D)), "scale": normal(3, D), "seed": 3}
-
-    def gradient(policy: Any) -> Any:
-        def moving(part: Any) -> Any:
-            return loss({**given, **part}, policy)
-
-        f = jax.grad(moving)
-        return (jax.jit(f) if jit else f)({k: given[k] for k in ("params", "x", "scale")})
-
-    assert tree_error(gradient(Reverse()), gradient(StoreAll())) <= 1e-12
 
 
 def test_a_learned_bijection_may_close_over_values() -> None:
@@ -445,10 +400,10 @@ def test_a_coupling_that_closes_over_a_tracer_is_refused() -> None:
         jax.grad(loss)(0.5)
 
 
-# --- transforms -------------------------------------------------------------------------------------------------------
+# --- transforms of other kinds of steps (test_jax_transforms.py has the rest) -----------------------------------------
 
 
-@pytest.mark.parametrize("name", ["momentum", "affine", "repeat"])
+@pytest.mark.parametrize("name", ["affine"])
 def test_second_derivatives(name: str) -> None:
     network = networks()[name]
     given = network[2], streams_for(network)
@@ -462,7 +417,7 @@ def test_second_derivatives(name: str) -> None:
     assert tree_error(curvature(Reverse()), curvature(StoreAll())) <= 1e-12
 
 
-@pytest.mark.parametrize("name", ["affine", "mixed", "repeat", "aux"])
+@pytest.mark.parametrize("name", ["affine", "mixed", "aux"])
 def test_vmap_both_ways(name: str) -> None:
     network = networks()[name]
     streams = tuple(jnp.stack([s, 2 * s, s - 1]) for s in streams_for(network))
@@ -476,69 +431,6 @@ def test_vmap_both_ways(name: str) -> None:
     for transform in (inside, outside):
         run = lambda policy: jax.jit(transform(loss_of(network, policy)))(network[2], streams)  # noqa: B023, E731
         assert tree_error(run(Reverse()), run(StoreAll())) <= 1e-12
-
-
-@pytest.mark.parametrize("around", ["scan", "checkpoint", "cond", "jacrev", "hessian", "nested"])
-def test_inside_other_transforms(around: str) -> None:
-    network = networks()["momentum"]
-    program, blocks, params = network
-
-    def apply(params: Any, x: Any, policy: Any) -> Any:
-        return revcore_jax.reversible(program, blocks, params, x, policy=policy)
-
-    def loss(params: Any, x: Any, policy: Any) -> Any:
-        if around == "scan":
-            x, _ = jax.lax.scan(lambda c, _: (apply(params, c, policy), None), x, length=3)
-        elif around == "checkpoint":
-            x = jax.checkpoint(lambda p, x: apply(p, x, policy))(params, x)
-        elif around == "cond":
-            x = jax.lax.cond(x[0].sum() > -1e9, lambda: apply(params, x, policy), lambda: x)
-        elif around == "jacrev":
-            return jnp.sum(jax.jacrev(lambda v: apply(params, (v, v), policy)[0])(x[0][0]) ** 2)
-        elif around == "hessian":  # forward over reverse
-            return jnp.sum(jax.hessian(lambda v: jnp.sum(apply(params, (v, v), policy)[0] ** 2))(x[0][0]) ** 2)
-        else:  # a reversible network as a block of another
-
-            def block(p: Any, x: Any) -> Any:
-                return apply(p, (x, x), policy)[1]
-
-            x = revcore_jax.reversible(revcore.revnet(2), [block] * 2, [params] * 2, x, policy=policy)
-        return jnp.sum(x[0] * x[1])
-
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
-    want, got = (gradient(params, streams_for(network), policy) for policy in (StoreAll(), Reverse()))
-    assert tree_error(got, want) <= 1e-12
-
-
-@pytest.mark.parametrize("name", ["momentum", "repeat"])
-def test_inside_shard_map(name: str) -> None:
-    """With its check of device-varying types: the streams vary over the mesh, the parameters do not."""
-    network = networks()[name]
-    mesh, spec = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,)), jax.sharding.PartitionSpec("d")
-
-    def mapped(policy: Any) -> Any:
-        def local(params: Any, streams: Any) -> Any:
-            return jax.lax.psum(loss_of(network, policy)(params, streams), "d")
-
-        everywhere = jax.sharding.PartitionSpec()
-        return jax.shard_map(local, mesh=mesh, in_specs=(everywhere, spec), out_specs=everywhere)
-
-    want, got = (
-        jax.jit(jax.grad(mapped(policy), argnums=(0, 1)))(network[2], streams_for(network))
-        for policy in (StoreAll(), Reverse())
-    )
-    assert tree_error(got, want) <= 1e-12
-
-
-def test_forward_mode_needs_store_all() -> None:
-    network = networks()["additive"]
-    given = network[2], streams_for(network)
-    _, slope = jax.jvp(loss_of(network, StoreAll()), given, given)
-    gradient = jax.grad(loss_of(network, Reverse()), argnums=(0, 1))(*given)
-    want = sum(jnp.sum(a * b) for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(given), strict=True))
-    assert abs(slope - want) <= 1e-12 * abs(want)
-    with pytest.raises(TypeError, match="custom_vjp"):
-        jax.jvp(loss_of(network, Reverse()), given, given)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -567,8 +459,9 @@ def call(**changed: Any) -> Any:
         ({"streams": (np.arange(3), np.arange(3))}, "stream 0 came as a JAX array of int64"),
         ({"streams": (np.zeros((3, D)), np.zeros((4, D)))}, "expected one shape for all"),
         ({"policy": "reverse"}, "expected an instance of Reverse, StoreAll, Checkpoint"),
-        ({"policy": revcore.Reverse(recompute=print)}, "does not know recompute"),
-        ({"policy": revcore.StoreAll(offload=True)}, "does not know offload"),
+        ({"policy": revcore.Reverse(recompute=["dot"])}, "JAX has no list of operators: write recompute=jax.check"),
+        ({"policy": revcore.StoreAll(offload=True)}, r"write Reverse\(offload=True\)"),
+        ({"policy": revcore.Reverse(anchor_every=1, offload=True)}, "the program has no Repeat: write one"),
         ({"policy": revcore.MemoryBudget(fraction=0.5)}, "chooses none by step"),
         ({"blocks": [mlp, lambda p, x: x[:, :2]]}, r"block 1 returned shape \(3, 2\)"),
         ({"blocks": [mlp, lambda p, x: 0.0]}, "block 1 returned float, expected a JAX array"),
