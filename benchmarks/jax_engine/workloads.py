@@ -88,7 +88,7 @@ def workloads(quick: bool = False) -> dict[str, Workload]:
         {"norm": (model,), "up": (model, 4 * model), "down": (4 * model, model)},
     )
     made = (
-        Workload("mlp", (tanh, tanh), ({"w": (wide, wide)},) * 2, (rows, wide), rows),
+        Workload("mlp", (tanh, tanh), ({"w": (wide, wide)}, {"w": (wide, wide)}), (rows, wide), rows),
         Workload("transformer", (attention(4), feed_forward), transformer, (batch, time, model), batch * time),
     )
     return {workload.name: workload for workload in made}

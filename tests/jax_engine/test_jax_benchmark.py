@@ -17,10 +17,11 @@ from benchmarks.jax_engine.ways import CHAIN, PLAIN, REPEAT, SCAN_CHECKPOINT, Wa
 from benchmarks.jax_engine.workloads import Workload, workloads
 
 TOYS = workloads(quick=True)
-WAYS = {way.name: way for way in ways(anchor_every=4)}
-DEPTH = 4
+DEPTH = 2
+WAYS = {way.name: way for way in ways(anchor_every=DEPTH)}
 
 
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)
 def test_every_way_gives_the_plain_networks_gradients(toy: Workload, way: Way) -> None:

@@ -182,13 +182,14 @@ CASES: dict[str, tuple[Case, Callable[..., Any]]] = {
 }  # fmt: skip
 
 
-XFAIL = {
-    "psum in a block without the mean": pytest.mark.xfail(
+XFAIL: dict[str, Any] = dict.fromkeys(
+    ["psum in a block", "psum in a block without the mean"],
+    pytest.mark.xfail(
         strict=True,
-        reason="vary_alike casts streams to vary over the axes of parameters, so an output that a block's psum made "
-        "equal on all devices has the type of one that is not",
-    )
-}
+        reason="vary_alike casts streams to vary over the parameters' axes too: a block whose psum makes its output "
+        "equal on all devices then has another type than its cotangent; check_vma=False works",
+    ),
+)
 
 
 def run() -> dict[str, str]:

@@ -8,6 +8,7 @@ tree), and under jit in float32 (≤ 16·depth·eps, against float64).
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from plain_network import (
 from revcore import Checkpoint, Reverse, StoreAll
 
 # on the CPU this halves the time that compiling takes
-QUICK = {"xla_cpu_use_fusion_emitters": False} if jax.config.jax_platforms == "cpu" else None
+QUICK = {"xla_cpu_use_fusion_emitters": False} if os.environ.get("JAX_PLATFORMS") == "cpu" else None
 compiled = partial(jax.jit, compiler_options=QUICK)
 
 Case = Callable[[Net, Any, Any], Any]
@@ -344,9 +345,8 @@ def _(net: Net, p: Any, x: Any) -> Any:
 def _(net: Net, p: Any, x: Any) -> Any:
     def run(p: Any, x: Any, scale: Any, seed: Any) -> Any:
         order, key = jnp.argsort(scale), jax.random.key(seed)
-        return energy(
-            net(p, x, block=lambda q, z: mlp(q, z[..., order]) * scale**2 + jax.random.normal(key, (D,), scale.dtype))
-        )
+        noise = jax.random.randint(key, (D,), 0, 9, jnp.int32).astype(scale.dtype)  # the same in all dtypes
+        return energy(net(p, x, block=lambda q, z: mlp(q, z[..., order]) * scale**2 + noise))
 
     return jax.value_and_grad(run, argnums=(0, 1, 2))(p, x, x[0][0], 3)
 
