@@ -41,7 +41,7 @@ from revcore_jax.plan import (
     make_plan,
     stores,
 )
-from revcore_jax.trees import add, is_inexact, mask_float0, pullback, put, take, vary_alike, zeros
+from revcore_jax.trees import add, fence, is_inexact, mask_float0, pullback, put, take, vary_alike, zeros
 
 Streams = tuple[Any, ...]
 Slots = tuple[Any, ...]  # of Block, or Hoisted
@@ -109,7 +109,7 @@ def reversible(
     policy = check_policy(policy)
     slots, *leaves = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
     check_offload(policy, program)
-    theta, shared, start = vary_alike(leaves)
+    theta, shared, start = vary_alike(leaves, partial(_once, Chain(program.steps), slots))
     slots, shared = probe(program, slots, theta, shared, start)
     run = _run_reversed if isinstance(policy, Reverse) else _run_plainly
     out, aux = run(make_plan(program.steps, policy), slots, theta, shared, start)
@@ -193,6 +193,19 @@ def _unrolled(step: Step, slots: Slots, theta: Any) -> Any:
                 yield from _unrolled(body, slots, take(theta, i))
         case _:
             yield step, slots, theta
+
+
+def _once(step: Step, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Streams:
+    """Run every step as it is written, the body of a ``Repeat`` once."""
+    match step:
+        case Chain(steps):
+            for child, here in children(steps):
+                streams = _once(child, slots[here], theta[here], shared, streams)
+            return streams
+        case Repeat(body):
+            return _once(body, slots, take(theta, 0), shared, streams)
+        case _:
+            return forward(step, slots, theta, shared, streams, False)[0]
 
 
 # --- the two passes ---------------------------------------------------------------------------------------------------
@@ -370,7 +383,7 @@ def _fence(needed: bool, values: Any) -> Any:
     Or XLA rebuilds all layers before the first cotangent is there, or leaves the gradients of parameters for later and
     holds what they are made of: reversible, and nothing saved.
     """
-    return lax.optimization_barrier(values) if needed else values
+    return fence(values) if needed else values
 
 
 def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams) -> Streams:
@@ -464,8 +477,9 @@ def _move(step: Bijection | Anchor, slots: Slots, theta: Any, shared: Any, strea
 def _coupling_vjp(coupling: Coupling, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
     result = coupling.vjp(x, f, gy)
     if result is NotImplemented:
-        return jax.vjp(coupling.forward, x, f)[1](gy)
-    return _cast(result[0], x), jax.tree.map(_cast, result[1], f)
+        result = jax.vjp(coupling.forward, x, f)[1](gy)
+    # a block may return integers, which have no gradient
+    return _cast(result[0], x), jax.tree.map(lambda g, f: _cast(g, f) if is_inexact(f) else None, result[1], f)
 
 
 def _cast(gradient: Any, like: Any) -> Any:

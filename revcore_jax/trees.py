@@ -25,7 +25,19 @@ except ImportError:
 
 
 def is_array(value: Any) -> bool:
-    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+    """Return whether ``value`` is an array that JAX can trace (NumPy's of strings, objects and dates are not)."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.dtype.kind not in "OSUMm"
+    return isinstance(value, jax.Array)
+
+
+def as_array(leaf: Any) -> Any:
+    """Return a block's output as a JAX array: it may be NumPy's, or a number."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    if is_array(leaf) or isinstance(leaf, (bool, int, float, complex)):
+        return jnp.asarray(leaf)
+    raise SpecError(f"a block returned {leaf!r} ({type(leaf).__name__}), expected arrays, numbers or None")
 
 
 def is_inexact(array: Any) -> bool:
@@ -102,49 +114,85 @@ class Block:
     def _run(self, function: Callable[..., Any], leaves: Any, shared: Any, streams: Any) -> Any:
         params, (more, named) = self.layer.build(leaves)
         args, kwargs = self.common.build(shared)
-        return function(params, *streams, *args, *more, **kwargs, **named)
+        return jax.tree.map(as_array, function(params, *streams, *args, *more, **kwargs, **named))
 
 
 # --- device-varying types ---------------------------------------------------------------------------------------------
 
 
-def vary_alike(tree: Any) -> Any:
-    """Under ``shard_map``, let every float leaf vary over all mesh axes that any of them varies over.
+def vary_alike(leaves: Any, run: Callable[..., Any]) -> Any:
+    """Under ``shard_map``, give float leaves the types that gradients and streams will have.
 
-    A scan's carry and a ``custom_vjp``'s gradients must have the types of what they belong to, and sums of leaves vary
-    over the axes of all of them. Where a leaf did not vary before, the transpose of this cast sums its gradient over
-    the devices, once.
+    A scan's carry and a ``custom_vjp``'s gradients must have the types of what they belong to. So streams are cast to
+    vary over all mesh axes that ``run(theta, shared, streams)`` makes them vary over (no more: what a block sums over
+    the parameters' axes is the same on all of those devices), and parameters and shared leaves over these too. Where a
+    leaf did not vary before, the transpose of this cast sums its gradient over the devices, once.
     """
-    axes = frozenset().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
+    if not any(map(_varying, jax.tree.leaves(leaves))):
+        return leaves
+    axes = frozenset().union(*map(_varying, leaves[-1]))
+    while True:
+        given = _over(axes, leaves)
+        after = axes.union(*map(_axes, jax.make_jaxpr(run)(*given).out_avals))
+        if after == axes:
+            return given
+        axes = after
 
+
+def _over(axes: frozenset[Any], tree: Any) -> Any:
     def cast(leaf: Any) -> Any:
         missing = axes - _varying(leaf)
         return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing and is_inexact(leaf) else leaf
 
-    return jax.tree.map(cast, tree) if axes else tree
+    return jax.tree.map(cast, tree)
+
+
+def fence(tree: Any) -> Any:
+    """Return ``tree``, all of whose leaves wait for each other.
+
+    A barrier lets all that passes it vary over the same axes, so under ``shard_map`` there is one for each type.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    kinds: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        kinds.setdefault(_varying(leaf), []).append(i)
+    for places in kinds.values():
+        passed = jax.lax.optimization_barrier([leaves[i] for i in places])
+        for i, leaf in zip(places, passed, strict=True):
+            leaves[i] = leaf
+    return treedef.unflatten(leaves)
 
 
 def _varying(leaf: Any) -> frozenset[Any]:
-    return frozenset(jax.typeof(leaf).manual_axis_type.varying)
+    return _axes(jax.typeof(leaf))
+
+
+def _axes(aval: Any) -> frozenset[Any]:
+    return frozenset(aval.manual_axis_type.varying)
 
 
 # --- what blocks close over -------------------------------------------------------------------------------------------
+
+
+_HOLE = object()
 
 
 class Traced:
     """A function's jaxpr; :attr:`closed_over` lists the tracers that it found outside its arguments."""
 
     def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        self.jaxpr, shape = jax.make_jaxpr(function, return_shape=True)(*args)
+        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
         self.out_tree = jax.tree.structure(shape)
-        self.closed_over = [c for c in self.jaxpr.consts if isinstance(c, jax.core.Tracer)]
+        self.closed_over = [c for c in closed.consts if isinstance(c, jax.core.Tracer)]
+        self._jaxpr = closed.jaxpr
+        self._consts = [_HOLE if isinstance(c, jax.core.Tracer) else c for c in closed.consts]
 
     def __call__(self, consts: Sequence[Any], *args: Any) -> Any:
         """Evaluate with other values for :attr:`closed_over`."""
         given = iter(consts)
-        filled = [next(given) if isinstance(c, jax.core.Tracer) else c for c in self.jaxpr.consts]
-        out = eval_jaxpr(self.jaxpr.jaxpr, filled, *jax.tree.leaves(args))
-        return self.out_tree.unflatten(out)
+        filled = [next(given) if c is _HOLE else c for c in self._consts]
+        out = eval_jaxpr(self._jaxpr, filled, *jax.tree.leaves(args))
+        return self.out_tree.unflatten(map(as_array, out))  # a constant is a number in a jaxpr
 
 
 def eval_one(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -167,6 +215,8 @@ class Hoisted:
     def __init__(self, pieces: dict[str, Traced], num_shared: int, register: Callable[[Any], int]) -> None:
         self._pieces, self._num_shared = pieces, num_shared
         self._places = {name: [register(c) for c in piece.closed_over] for name, piece in pieces.items()}
+        for piece in pieces.values():  # jit's cache holds on to this block, and must not to a trace that is over
+            piece.closed_over.clear()
 
     def _run(self, name: str, leaves: Any, shared: Any, streams: Any) -> Any:
         consts = [shared[i] for i in self._places[name]]

@@ -15,9 +15,16 @@ TORCH, JAX, NNX, LINEN = "revcore_torch", "revcore_jax", "revcore_jax.nnx", "rev
 EXCEPTIONS: dict[str, dict[str | None, str | None]] = {
     "function": {None: "params"},  # torch's blocks hold theirs
     "neutral": {None: "layers"},  # Linen's variables do not tell what they belong to
-    "module": {"split_dim": "axis", "modules": "blocks", "input": "x", "output": "y"},
-    # a Linen module is a dataclass
-    "linen": {"split_dim": "axis", "modules": "layers", "input": "x", "output": "y", None: "parent name"},
+    # random numbers come from keys in JAX
+    "module": {"split_dim": "axis", "modules": "blocks", "input": "x", "output": "y", None: "rngs"},
+    # a Linen module is a dataclass, and its Repeat is scanned as nn.scan does it
+    "linen": {
+        "split_dim": "axis",
+        "modules": "layers",
+        "input": "x",
+        "output": "y",
+        None: "parent name variable_axes variable_broadcast split_rngs metadata_params",
+    },
 }
 # Each framework's own habit: torch parts channels, Flax features.
 OWN_DEFAULTS = {"split_dim", "axis", "layers", "modules"}

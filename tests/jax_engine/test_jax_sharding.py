@@ -97,12 +97,11 @@ def vmap_with_spmd_axis_name(net: Net, p: Any, x: Any) -> Any:
 # --- shard_map --------------------------------------------------------------------------------------------------------
 
 
-def mapped(net: Net, devices: Any, p_spec: Any, x_spec: Any, check: bool, alike: Any = (), **how: Any) -> Any:
+def mapped(net: Net, devices: Any, p_spec: Any, x_spec: Any, check: bool, **how: Any) -> Any:
     """The gradient of a loss that is computed in a shard_map, which sums it over the data."""
 
     def local(p: Any, x: Any) -> Any:
-        value = lax.psum(loss(net, **how)(p, x), "data")
-        return lax.pmean(value, alike) if alike else value
+        return lax.psum(loss(net, **how)(p, x), "data")
 
     run = jax.shard_map(local, mesh=devices, in_specs=(p_spec, x_spec), out_specs=P(), check_vma=check)
     return jax.jit(jax.value_and_grad(run, argnums=(0, 1)))
@@ -126,17 +125,11 @@ def split_specs(p: Any) -> Any:
     return [{"w": P(*lead, None, "model"), "v": P(*lead, "model", None)} for _ in p]
 
 
-def psum_in_a_block(net: Net, p: Any, x: Any) -> Any:
-    """The engine lets streams vary over all axes that parameters vary over: the mean says that the loss does not."""
-    run = mapped(net, mesh(data=2, model=4), split_specs(p), P("data"), True, ("model",), block=split_block)
-    return run(p, x)
-
-
 def psum_in_a_block_unchecked(net: Net, p: Any, x: Any) -> Any:
     return mapped(net, mesh(data=2, model=4), split_specs(p), P("data"), False, block=split_block)(p, x)
 
 
-def psum_in_a_block_without_the_mean(net: Net, p: Any, x: Any) -> Any:
+def psum_in_a_block(net: Net, p: Any, x: Any) -> Any:
     return mapped(net, mesh(data=2, model=4), split_specs(p), P("data"), True, block=split_block)(p, x)
 
 
@@ -173,23 +166,12 @@ CASES: dict[str, tuple[Case, Callable[..., Any]]] = {
     for block, cases in {
         centred: [
             data_parallel, data_parallel_explicit_axes, tensor_parallel, sharding_constraint_in_a_block,
-            shard_map, shard_map_unchecked, psum_in_a_block, psum_in_a_block_unchecked,
-            psum_in_a_block_without_the_mean, shard_map_in_a_block,
+            shard_map, shard_map_unchecked, psum_in_a_block, psum_in_a_block_unchecked, shard_map_in_a_block,
         ],
         mlp: [vmap_with_spmd_axis_name, gradient_in_a_shard_map, pmap],
     }.items()
     for case in cases
 }  # fmt: skip
-
-
-XFAIL: dict[str, Any] = dict.fromkeys(
-    ["psum in a block", "psum in a block without the mean"],
-    pytest.mark.xfail(
-        strict=True,
-        reason="vary_alike casts streams to vary over the parameters' axes too: a block whose psum makes its output "
-        "equal on all devices then has another type than its cotangent; check_vma=False works",
-    ),
-)
 
 
 def run() -> dict[str, str]:
@@ -225,7 +207,7 @@ def failures() -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=XFAIL.get(name, ())) for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_on_eight_devices(name: str, dtype: str, kind: str, failures: dict[str, str]) -> None:
     if problem := failures[f"{name}, {kind}, {dtype}"]:
         pytest.fail(problem)
