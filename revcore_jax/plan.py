@@ -169,7 +169,7 @@ def _flat(steps: Iterable[Step]) -> Iterator[Step]:
     for step in steps:
         if isinstance(step, Chain):
             yield from _flat(step.steps)
-        else:
+        elif next(unroll(step), None):  # a Repeat of nothing has no iterations to cut between
             yield step
 
 

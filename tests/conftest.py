@@ -14,6 +14,8 @@ from hypothesis import settings
 
 # The same examples each time, and no clock: machines are slow when they are busy.
 settings.register_profile("revcore", derandomize=True, deadline=None)
+# Ten thousand new examples, by hand: pytest FILE --hypothesis-profile=long
+settings.register_profile("long", max_examples=10_000, deadline=None, database=None, print_blob=True)
 settings.load_profile("revcore")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -68,7 +68,8 @@ class TorchBackend:
     def run(self, case: Case, policy: Policy, dtype: str = "float64", block_dtype: str | None = None) -> Record:
         arrays = self._arrays(case, dtype, block_dtype)
         blocks = self._blocks(case, arrays, block_dtype)
-        result = self.engine.reversible(case.program, blocks, case.streams(arrays), arrays["context"], policy=policy)
+        given = (case.program, blocks, case.streams(arrays), arrays["context"])
+        result = self.engine.reversible(*given, policy=policy, layerwise_args_kwargs=case.masks(arrays))
         loss(case, result, arrays).backward()
         gradients = {name: arrays[name].grad for name in case.inputs if arrays[name].grad is not None}
         return _record(case, result, gradients, dtype)
@@ -79,9 +80,10 @@ class TorchBackend:
         arrays = self._arrays(case, dtype, None)
         blocks = self._blocks(case, arrays, None)
         with torch.no_grad():
-            result = self.engine.reversible(case.program, blocks, case.streams(arrays), arrays["context"])
+            context, masks = arrays["context"], {"layerwise_args_kwargs": case.masks(arrays)}
+            result = self.engine.reversible(case.program, blocks, case.streams(arrays), context, **masks)
             outputs, _ = parted(case.program, result)
-            streams = self.engine.inverse(case.program, blocks, outputs, arrays["context"])
+            streams = self.engine.inverse(case.program, blocks, outputs, context, **masks)
         return {f"stream.{i}": to_numpy(stream) for i, stream in enumerate(streams)}
 
     def ones(self, shape: tuple[int, ...], dtype: str = "float32") -> Any:
@@ -120,7 +122,9 @@ class TorchBackend:
 
         arrays: dict[str, Any] = {}
         for name, array in case.arrays.items():
-            if name[0].isdigit():
+            if array.dtype == bool:
+                arrays[name] = torch.tensor(array)
+            elif name[0].isdigit():
                 arrays[name] = torch.nn.Parameter(torch.tensor(array, dtype=getattr(torch, block_dtype or dtype)))
             else:
                 leaf = torch.tensor(array, dtype=getattr(torch, dtype))
@@ -135,16 +139,16 @@ class TorchBackend:
                 super().__init__()
                 self.block, self.given = block, torch.nn.ParameterDict(parameters)
 
-            def _call(self, function: Any, args: tuple[Any, ...]) -> Any:
+            def _call(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
                 if block_dtype:
                     args = tuple(a.to(getattr(torch, block_dtype)) for a in args)
-                return function(torch, self.given, *args)
+                return function(torch, self.given, *args, **kwargs)
 
-            def forward(self, *args: Any) -> Any:
-                return self._call(self.block, args)
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                return self._call(self.block, args, kwargs)
 
-            def inverse(self, *args: Any) -> Any:
-                return self._call(self.block.inverse, args)
+            def inverse(self, *args: Any, **kwargs: Any) -> Any:
+                return self._call(self.block.inverse, args, kwargs)
 
         return [Module(block, case.parameters(arrays, i)) for i, block in enumerate(case.blocks)]
 
@@ -165,10 +169,11 @@ class JaxBackend:
         compiled = policy in (StoreAll(), Reverse()) or case.repeats
         with self._settings(dtype, block_dtype), contextlib.nullcontext() if compiled else jax.disable_jit():
             weights, *inputs = self._arguments(case, dtype, block_dtype)
-            blocks = self._blocks(case, block_dtype)
+            blocks, masks = self._blocks(case, block_dtype), self._masks(case)
 
             def value(params: Any, streams: Any, context: Any) -> tuple[Any, Any]:
-                result = self.engine.reversible(case.program, blocks, params, streams, context, policy=policy)
+                given = (case.program, blocks, params, streams, context)
+                result = self.engine.reversible(*given, policy=policy, layerwise_args_kwargs=masks)
                 return loss(case, result, weights), result
 
             gradients, result = jax.grad(value, argnums=(0, 1, 2), has_aux=True)(*inputs)
@@ -181,10 +186,10 @@ class JaxBackend:
     def invert(self, case: Case, dtype: str = "float64") -> dict[str, np.ndarray]:
         with self._settings(dtype):
             _, params, streams, context = self._arguments(case, dtype, None)
-            blocks = self._blocks(case, None)
-            result = self.engine.reversible(case.program, blocks, params, streams, context)
+            blocks, masks = self._blocks(case, None), {"layerwise_args_kwargs": self._masks(case)}
+            result = self.engine.reversible(case.program, blocks, params, streams, context, **masks)
             outputs, _ = parted(case.program, result)
-            streams = self.engine.inverse(case.program, blocks, params, outputs, context)
+            streams = self.engine.inverse(case.program, blocks, params, outputs, context, **masks)
             return {f"stream.{i}": to_numpy(stream) for i, stream in enumerate(streams)}
 
     def ones(self, shape: tuple[int, ...], dtype: str = "float32") -> Any:
@@ -237,13 +242,21 @@ class JaxBackend:
         """The weights of the loss, then parameters (stacked inside ``Repeat``), streams and context."""
         import jax.numpy as jnp
 
-        arrays = {name: jnp.asarray(array, dtype) for name, array in case.arrays.items()}
+        arrays = {name: jnp.asarray(array, dtype) for name, array in case.arrays.items() if array.dtype != bool}
         tensors = stack({name: a for name, a in case.inputs.items() if name[0].isdigit()}, case.program)
         params: list[dict[str, Any]] = [{} for _ in range(case.program.num_slots)]
         for name, array in tensors.items():
             slot, _, rest = name.partition(".")
             params[int(slot)][rest] = jnp.asarray(array, block_dtype or dtype)
         return arrays, params, case.streams(arrays), arrays["context"]
+
+    @staticmethod
+    def _masks(case: Case) -> Any:
+        """Those of each slot, stacked inside ``Repeat`` as parameters are."""
+        if not case.masked:
+            return None
+        masks = stack({f"{i}.mask": case.arrays[f"mask.{i}"] for i in range(len(case.blocks))}, case.program)
+        return [((), {"mask": masks[f"{slot}.mask"]}) for slot in range(case.program.num_slots)]
 
     @staticmethod
     def _blocks(case: Case, block_dtype: str | None) -> list[Any]:
@@ -263,8 +276,8 @@ def _jax_block(block: Any, dtype: str | None) -> Any:
     import jax.numpy as jnp
 
     def bound(function: Any) -> Any:
-        def call(p: Any, *args: Any) -> Any:
-            return function(jnp, p, *(a.astype(dtype) if dtype else a for a in args))
+        def call(p: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(jnp, p, *(a.astype(dtype) if dtype else a for a in args), **kwargs)
 
         return call
 

@@ -53,7 +53,10 @@ class Block(Protocol):
 
 @dataclass(frozen=True)
 class Mlp:
-    """``tanh(Σ source @ W + b + context) @ V``; a coupling of two outputs gets a log-scale too; perhaps an aux."""
+    """``tanh(Σ source @ W + b + context) @ V``; a coupling of two outputs gets a log-scale too; perhaps an aux.
+
+    A ``mask`` drops hidden features, as dropout does.
+    """
 
     sources: tuple[int, ...]
     features: int
@@ -67,12 +70,14 @@ class Mlp:
         shapes |= {"b": (self.hidden,), "V": (self.hidden, self.features)}
         return shapes | ({"S": (self.hidden, self.features)} if self.outputs == 2 else {})
 
-    def __call__(self, xp: Any, p: Mapping[str, Any], *args: Any) -> Any:
+    def __call__(self, xp: Any, p: Mapping[str, Any], *args: Any, mask: Any = None) -> Any:
         *sources, context = args
         total = p["b"] + context
         for i, source in enumerate(sources):
             total = total + source @ p[f"W{i}"]
         hidden = xp.tanh(total)
+        if mask is not None:
+            hidden = hidden * mask
         f = (hidden @ p["V"],)
         if self.outputs == 2:
             f = (0.25 * xp.tanh(hidden @ p["S"]), *f)
@@ -87,29 +92,30 @@ class Pointwise:
     def shapes(self) -> dict[str, Shape]:
         return {"w": (1,), "v": (1,)}
 
-    def __call__(self, xp: Any, p: Mapping[str, Any], *args: Any) -> Any:
+    def __call__(self, xp: Any, p: Mapping[str, Any], *args: Any, mask: Any = None) -> Any:
         source, context = args
         return xp.tanh(p["w"] * source + context) * p["v"]
 
 
 @dataclass(frozen=True)
 class Shear:
-    """A learned bijection of two streams: ``a ← a·exp(s)``, ``b ← b + tanh(a @ W + context)``."""
+    """A learned bijection: ``a ← a·exp(s/4)`` of the first stream, ``b ← b + tanh(a @ W + context)`` of the last."""
 
     features: int
+    last: int = 0  # the last stream's features, if they are others
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        return {"s": (self.features,), "W": (self.features, self.features)}
+        return {"s": (self.features,), "W": (self.features, self.last or self.features)}
 
-    def __call__(self, xp: Any, p: Mapping[str, Any], *args: Any) -> Any:
-        a, b, context = args
+    def __call__(self, xp: Any, p: Mapping[str, Any], *args: Any, mask: Any = None) -> Any:
+        a, *between, b, context = args
         a = a * xp.exp(0.25 * p["s"])
-        return a, b + xp.tanh(a @ p["W"] + context)
+        return (a, *between, b + xp.tanh(a @ p["W"] + context))
 
-    def inverse(self, xp: Any, p: Mapping[str, Any], *args: Any) -> Any:
-        a, b, context = args
-        return a * xp.exp(-0.25 * p["s"]), b - xp.tanh(a @ p["W"] + context)
+    def inverse(self, xp: Any, p: Mapping[str, Any], *args: Any, mask: Any = None) -> Any:
+        a, *between, b, context = args
+        return (a * xp.exp(-0.25 * p["s"]), *between, b - xp.tanh(a @ p["W"] + context))
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ class Project:
     def shapes(self) -> dict[str, Shape]:
         return {"P": (self.features, self.to)}
 
-    def __call__(self, xp: Any, p: Mapping[str, Any], *args: Any) -> Any:
+    def __call__(self, xp: Any, p: Mapping[str, Any], *args: Any, mask: Any = None) -> Any:
         *streams, context = args
         streams = [xp.tanh(s @ p["P"] + context) for s in streams]
         return (*streams, (streams[0] * streams[-1]).sum())
@@ -135,14 +141,15 @@ class Bound:
 
     block: Any
     p: Mapping[str, Any]
+    mask: Any = None
 
     def forward(self, *args: Any) -> Any:
-        return self.block(np, self.p, *args)
+        return self.block(np, self.p, *args, mask=self.mask)
 
     __call__ = forward
 
     def inverse(self, *args: Any) -> Any:
-        return self.block.inverse(np, self.p, *args)
+        return self.block.inverse(np, self.p, *args, mask=self.mask)
 
 
 # --- cases ------------------------------------------------------------------------------------------------------------
@@ -150,7 +157,10 @@ class Bound:
 
 @dataclass(frozen=True)
 class Case:
-    """A program, its blocks in running order, and the shapes of its input streams and of the context all blocks get."""
+    """A program, its blocks in running order, and the shapes of its input streams and of the context all blocks get.
+
+    With ``masked``, each block gets a ``mask=`` of its own. The loss leaves out the outputs that are ``unused``.
+    """
 
     name: str
     program: Program
@@ -158,6 +168,8 @@ class Case:
     shapes: tuple[Shape, ...]
     context: Shape = (2, 1)
     uses_anchors: bool = False
+    masked: bool = False
+    unused: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -181,19 +193,26 @@ class Case:
         }
         arrays |= {f"stream.{i}": _coarse(rng.standard_normal(shape)) for i, shape in enumerate(self.shapes)}
         arrays["context"] = _coarse(rng.standard_normal(self.context) * 0.3)
+        if self.masked:
+            shape = (*self.shapes[0][:-1], Mlp.hidden)
+            arrays |= {f"mask.{i}": rng.random(shape) < 0.7 for i in range(len(self.blocks))}
         outputs, _ = parted(self.program, reference_forward(self, arrays))
         return arrays | {f"loss.{i}": _coarse(rng.standard_normal(y.shape)) for i, y in enumerate(outputs)}
 
     @property
     def inputs(self) -> Arrays:
         """The arrays that have gradients."""
-        return {name: array for name, array in self.arrays.items() if not name.startswith("loss.")}
+        return {name: array for name, array in self.arrays.items() if not name.startswith(("loss.", "mask."))}
 
     def parameters(self, arrays: Mapping[str, Any], i: int) -> dict[str, Any]:
         return {name: arrays[f"{i}.{name}"] for name in self.blocks[i].shapes}
 
     def streams(self, arrays: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(arrays[f"stream.{i}"] for i in range(len(self.shapes)))
+
+    def masks(self, arrays: Mapping[str, Any]) -> Any:
+        """What ``layerwise_args_kwargs`` takes."""
+        return [((), {"mask": arrays[f"mask.{i}"]}) for i in range(len(self.blocks))] if self.masked else None
 
 
 def _coarse(array: np.ndarray) -> np.ndarray:
@@ -220,7 +239,8 @@ def parted(program: Program, result: Any) -> tuple[tuple[Any, ...], list[Any]]:
 def loss(case: Case, result: Any, weights: Mapping[str, Any]) -> Any:
     """A scalar with a different gradient for each number of the output, and for each aux output."""
     outputs, aux = parted(case.program, result)
-    total = sum((y * (weights[f"loss.{i}"] + 0.5 * y)).sum() for i, y in enumerate(outputs))
+    used = [i for i in range(len(outputs)) if i not in case.unused]
+    total = sum((outputs[i] * (weights[f"loss.{i}"] + 0.5 * outputs[i])).sum() for i in used)
     return total + sum(0.25 * a.sum() for a in aux)
 
 
@@ -228,7 +248,7 @@ def loss(case: Case, result: Any, weights: Mapping[str, Any]) -> Any:
 
 
 def reference_forward(case: Case, arrays: Mapping[str, Any]) -> Any:
-    blocks = [Bound(block, case.parameters(arrays, i)) for i, block in enumerate(case.blocks)]
+    blocks = [Bound(b, case.parameters(arrays, i), arrays.get(f"mask.{i}")) for i, b in enumerate(case.blocks)]
     return reference.forward(case.program, blocks, case.streams(arrays), arrays["context"])
 
 
@@ -240,7 +260,8 @@ def values_of(case: Case, result: Any) -> dict[str, Any]:
 @functools.cache
 def oracle(case: Case) -> Record:
     """The forward pass in NumPy float64, and the gradient of every input number by the complex step."""
-    gradients = reference.gradient(lambda a: loss(case, reference_forward(case, a), case.arrays), case.inputs)
+    arrays = case.arrays
+    gradients = reference.gradient(lambda a: loss(case, reference_forward(case, arrays | a), arrays), case.inputs)
     return Record(values_of(case, reference_forward(case, case.arrays)), gradients, case.depth, "float64")
 
 
@@ -344,6 +365,12 @@ def _structures() -> Iterator[Case]:
     )
     yield Case("repeat", Program((Repeat(pair, 3),)), (mlp,) * 6, two)
     yield Case("repeat-once", Program((Repeat(Couple(0, 1), 1), Couple(1, 0))), (mlp, mlp), two)
+    nothing = Repeat(Chain([Repeat(Chain([]), 2)]), 3)
+    yield Case("repeat-of-nothing", Program((nothing, Couple(0, 1), nothing, Couple(1, 0))), (mlp, mlp), two)
+    yield Case("masks", Program((pair, Repeat(pair, 2))), (mlp,) * 6, two, masked=True)
+    yield Case(
+        "unused-output", Program((pair, Couple(0, 1, Affine())), output=(1, 0)), (mlp, mlp, affine), two, unused=(0,)
+    )
     yield Case("repeat-32", Program((Repeat(pair, 16),)), (mlp,) * 32, two)
     yield Case(
         "repeat-affine",
