@@ -80,7 +80,8 @@ def parted(
         params.append((drawn if take else None, state))
     if any(takes):
         slots, *leaves = bind(program, blocks, params, parts, *given)
-        theta, shared, start = vary_alike(lax.stop_gradient(leaves))
+        once = partial(engine.once, Chain(program.steps), slots)
+        theta, shared, start = vary_alike(lax.stop_gradient(leaves), once)
         size = len(jax.tree.leaves(drawn))
         theta = tuple(own[size * take :] for own, take in zip(theta, takes, strict=True))
         found, _, drawn = _draw(Chain(program.steps), slots, theta, shared, start, drawn)

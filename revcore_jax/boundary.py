@@ -78,7 +78,8 @@ def bind(
     n = program.num_slots
     blocks = check_blocks(program, blocks, n, repeats_once=True)
     params = _one_for_each("params", "pytree", params, n)
-    layerwise = _one_for_each("layerwise_args_kwargs", "(args, kwargs)", layerwise or [((), {})] * n, n)
+    layerwise = [((), {})] * n if layerwise is None else layerwise
+    layerwise = _one_for_each("layerwise_args_kwargs", "(args, kwargs)", layerwise, n)
     slots, theta = [], []
     for i, (step, block, pair) in enumerate(zip(written(program.steps), blocks, layerwise, strict=True)):
         if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[1], dict)):

@@ -14,12 +14,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from revcore.checks import check_has_inverse, check_stream_outputs
 from revcore.coupling import Coupling
+from revcore.errors import SpecError
 from revcore.laws import InverseReport, relative_error
 from revcore.policy import Policy, Reverse, StoreAll
 from revcore.program import Program
@@ -74,8 +76,10 @@ def reversible(
     Args:
         program: what to run.
         blocks: one function for each slot, ``program.num_slots`` of them: a ``Repeat``'s body once. Pure functions, as
-            for ``jax.jit``: each is traced once for all calls with equal shapes. A ``Bijection()`` takes an object with
-            ``forward(params, *streams, ...)`` and ``inverse(params, *streams, ...)``.
+            for ``jax.jit``: each is traced once for all calls with equal shapes, so define them once (a new ``lambda``
+            in each call compiles anew, and is held, with what it closes over, until ``jax.clear_caches()``). A
+            ``Bijection()`` takes an object with ``forward(params, *streams, ...)`` and ``inverse(params, *streams,
+            ...)``.
         params: one pytree for each slot; inside ``Repeat(step, n)`` with a leading axis of ``n`` on every leaf
             (:func:`revcore_jax.stack` makes it).
         streams: ``program.num_streams`` arrays of a floating-point or complex dtype.
@@ -109,7 +113,7 @@ def reversible(
     policy = check_policy(policy)
     slots, *leaves = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
     check_offload(policy, program)
-    theta, shared, start = vary_alike(leaves, partial(_once, Chain(program.steps), slots))
+    theta, shared, start = vary_alike(leaves, partial(once, Chain(program.steps), slots))
     slots, shared = probe(program, slots, theta, shared, start)
     run = _run_reversed if isinstance(policy, Reverse) else _run_plainly
     out, aux = run(make_plan(program.steps, policy), slots, theta, shared, start)
@@ -156,6 +160,9 @@ def check_inverse(
 
     Arguments as :func:`reversible`; takes the memory of an ordinary forward pass, and concrete values (no ``jit``).
 
+    Raises:
+        SpecError: as :func:`reversible`, or a traced value came.
+
     >>> import jax.numpy as jnp, revcore
     >>> streams = jnp.ones(3), jnp.zeros(3)
     >>> report = check_inverse(revcore.revnet(4), [lambda w, x: jnp.sin(w * x)] * 4, [1.0] * 4, streams)
@@ -163,6 +170,8 @@ def check_inverse(
     True
     """
     slots, theta, shared, streams = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((theta, shared, streams))):
+        raise SpecError("check_inverse: a traced value came, expected concrete arrays: call it outside of jax.jit")
     probe(program, slots, theta, shared, streams)
     steps = list(_unrolled(Chain(program.steps), slots, theta))
     states = [streams]
@@ -195,15 +204,15 @@ def _unrolled(step: Step, slots: Slots, theta: Any) -> Any:
             yield step, slots, theta
 
 
-def _once(step: Step, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Streams:
+def once(step: Step, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Streams:
     """Run every step as it is written, the body of a ``Repeat`` once."""
     match step:
         case Chain(steps):
             for child, here in children(steps):
-                streams = _once(child, slots[here], theta[here], shared, streams)
+                streams = once(child, slots[here], theta[here], shared, streams)
             return streams
         case Repeat(body):
-            return _once(body, slots, take(theta, 0), shared, streams)
+            return once(body, slots, take(theta, 0), shared, streams)
         case _:
             return forward(step, slots, theta, shared, streams, False)[0]
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from revcore.errors import SpecError
-from revcore_jax.trees import eval_one, is_inexact, uses
+from revcore_jax.trees import as_array, eval_one, is_inexact, uses
 
 Recompute = Callable[..., Any]
 
@@ -48,7 +48,7 @@ class Selecting:
 
         def visit(results: list[Any], to: Any) -> list[Any]:
             if self.saved is None:
-                noted.extend(results if to is None else (_put(r, to) for r in results))
+                noted.extend(on_host(results) if to == _HOST else results)
                 return results
             return [_hand_out(made, next(left)) for made in results]
 
@@ -75,7 +75,7 @@ class Selecting:
                 if _keeps(verdict):
                     results = visit(results, getattr(verdict, "dst", None))
             values.update(zip(eqn.outvars, results, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return [as_array(read(v)) for v in jaxpr.outvars]  # a constant is a number in a jaxpr
 
 
 def needed(saved: Sequence[Any], again: Callable[[Sequence[Any]], Any]) -> tuple[Any, ...]:
@@ -139,15 +139,17 @@ def check_host_memory(policy: Any) -> None:
 _HOST = "pinned_host"
 
 
-def _put(array: Any, kind: str) -> Any:
-    return jax.device_put(array, jax.memory.Space.Host if kind == _HOST else jax.memory.Space.Device)
+def _put(array: Any, space: Any) -> Any:
+    at = jax.typeof(array).memory_space
+    # without src, the cotangents of a gradient of a gradient would stay where the array went
+    return array if at == space else jax.device_put(array, space, src=at)
 
 
 def on_host(tree: Any) -> Any:
     """Move the arrays of ``tree`` to the host's memory."""
-    return jax.tree.map(lambda a: _put(a, _HOST) if np.ndim(a) else a, tree)
+    return jax.tree.map(lambda a: _put(a, jax.memory.Space.Host) if np.ndim(a) else a, tree)
 
 
 def on_device(tree: Any) -> Any:
     """Move the arrays of ``tree`` to the device's memory."""
-    return jax.tree.map(lambda a: jax.device_put(a, jax.memory.Space.Device), tree)
+    return jax.tree.map(lambda a: _put(a, jax.memory.Space.Device), tree)

@@ -314,10 +314,12 @@ def pullback(function: Callable[..., Any], *args: Any) -> tuple[Any, Pullback]:
 def stack(trees: Sequence[Any]) -> Any:
     """Stack equal trees leaf by leaf along a new leading axis, as ``Repeat`` takes parameters.
 
-    Raises:
-        SpecError: no tree, or trees of unlike structure, shapes or dtypes.
+    Numbers become arrays; other leaves that are no arrays (``True``, ``"same"``) must be equal, and stay as they are.
 
-    >>> stack([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])["w"].shape
+    Raises:
+        SpecError: no tree, or trees of unlike structure, shapes, dtypes or other leaves.
+
+    >>> stack([{"w": jnp.zeros(3), "mode": "same"}, {"w": jnp.ones(3), "mode": "same"}])["w"].shape
     (2, 3)
     """
     trees = list(trees)
@@ -330,7 +332,7 @@ def stack(trees: Sequence[Any]) -> Any:
                 f"stack: tree {i} is {_form(tree)}, but tree 0 is {first}: only equal layers can be stacked "
                 "(others stand in a Chain)"
             )
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves) if _is_stacked(leaves[0]) else leaves[0], *trees)
 
 
 def unstack(tree: Any) -> list[Any]:
@@ -339,12 +341,18 @@ def unstack(tree: Any) -> list[Any]:
     >>> [t["w"].tolist() for t in unstack({"w": jnp.arange(2.0)})]
     [0.0, 1.0]
     """
-    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(tree)}
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(tree) if is_array(leaf)}
     if len(sizes) != 1 or () in sizes:
         raise SpecError(f"unstack: the leaves have leading axes {sorted(sizes)}, expected one size for all")
-    return [take(tree, i) for i in range(*sizes.pop())]
+    return [jax.tree.map(lambda a, i=i: take(a, i) if is_array(a) else a, tree) for i in range(*sizes.pop())]
 
 
 def _form(tree: Any) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in leaves]
+    return treedef, [
+        (jnp.shape(leaf), getattr(leaf, "dtype", type(leaf))) if _is_stacked(leaf) else Key(leaf) for leaf in leaves
+    ]
+
+
+def _is_stacked(leaf: Any) -> bool:
+    return is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool))
