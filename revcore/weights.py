@@ -42,6 +42,7 @@ anything else       as it is, under its own name             as it is, under its
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -63,6 +64,8 @@ T = TypeVar("T")
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None):
     """Write ``tensors`` to a safetensors file, all of it or nothing: an interruption leaves the old file in place.
+
+    Equal contents make equal bytes.
 
     Args:
         path: the file to write.
@@ -105,7 +108,8 @@ def save(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metada
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for part in _in_order(data):
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's own is for its owner alone
@@ -320,6 +324,16 @@ def _by_block(
 
 def _enumerate(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _in_order(data: bytes) -> tuple[bytes, memoryview]:
+    """Return a safetensors file's header, its metadata sorted (they come in random order), and the rest."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[size:]
 
 
 def _kind(dtype: Any) -> str:

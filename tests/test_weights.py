@@ -175,3 +175,14 @@ def test_what_does_not_stack() -> None:
             weights.stack(wrong, program)
     with pytest.raises(revcore.SpecError, match=r"shape \(2, 2\), expected leading axes \(3,\)"):
         weights.unstack({"0.w": np.ones((2, 2))}, program)
+
+
+def test_equal_contents_make_equal_files(tmp_path: Path) -> None:
+    """safetensors alone writes the metadata in another order each time."""
+    metadata = {f"key {i}": str(i) for i in range(20)}
+    files = set()
+    for i in range(3):
+        weights.save(tmp_path / f"{i}.safetensors", TENSORS, dict(reversed(metadata.items())) if i else metadata)
+        files.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(files) == 1
+    assert weights.load(tmp_path / "0.safetensors")[1] == metadata
