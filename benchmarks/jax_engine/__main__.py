@@ -59,7 +59,7 @@ def compare(workload: Workload, toy: Workload, options: argparse.Namespace, tick
         row = rows[way.name] = Row(way, measure.check(way, toy, depth))
         for each in sorted({depth, *options.depths, *(options.scan_depths if way.scanned else ())}):
             if row.error is None:
-                row.costs[each] = measure.costs(way, workload, each)
+                row.costs[each] = measure.costs(way, workload, each, tries=1 if options.quick else 5)
             tick()
         if row.error is None:
             steps[way.name] = Step(row.costs[depth].step, measure.arguments(way, workload, depth))
