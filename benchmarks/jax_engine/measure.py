@@ -55,9 +55,9 @@ def costs(way: Way, workload: Workload, depth: int, tries: int = 1) -> Costs:
     kept = jax.eval_shape(lambda *a: jax.vjp(net, *a)[1], *shapes)
     products = flops(jax.make_jaxpr(gradient(net))(*shapes).jaxpr)
     # a scan compiles in a second, in which much else may happen
-    tries = [_compiled(net, shapes, way.options) for _ in range(tries if way.scanned else 1)]
-    trace, compile = (min(t[i] for t in tries) for i in range(2))
-    compiled = tries[-1][2]
+    made = [_compiled(net, shapes, way.options) for _ in range(tries if way.scanned else 1)]
+    trace, compile = (min(each[i] for each in made) for i in range(2))
+    compiled = made[-1][2]
     memory, reported = compiled.memory_analysis(), compiled.cost_analysis()
     assert memory is not None
     return Costs(
