@@ -176,12 +176,7 @@ class _Walk:
 
     def _couple(self, step: Couple, slot: Any, here: slice, index: int, leaves: Any, shared: Any, streams: Any) -> None:
         def run(leaves: Any, shared: Any, *streams: Any) -> Any:
-            given = step.gather(streams)
-            f: Any = step.split(slot(leaves, shared, *given))[0] if slot is not None else given[0]
-            check_block_output(here.start, f, streams[step.target], is_array, _KIND)
-            y = step.coupling.forward(streams[step.target], f)
-            check_coupled(index, y, streams[step.target])
-            return y
+            return couple(step, slot, here.start, index, leaves, shared, streams)[0]
 
         avals = tuple(map(jax.typeof, jax.tree.leaves((leaves, shared, streams))))
         key = (slot, step, avals)
@@ -225,6 +220,17 @@ class _Walk:
                         f"block {i} is inside Repeat(n={n}), but a leaf of its params or layerwise arguments has shape "
                         f"{leaf.shape}: expected a leading axis of {n} (revcore_jax.stack makes it of {n} equal trees)"
                     )
+
+
+def couple(step: Couple, slot: Any, place: int, index: int, leaves: Any, shared: Any, streams: Any) -> Any:
+    """Return ``(the target stream after the step, auxiliary outputs)``; check what the block returned."""
+    given, target = step.gather(streams), streams[step.target]
+    f: Any
+    f, aux = step.split(slot(leaves, shared, *given)) if slot is not None else (given[0], ())
+    check_block_output(place, f, target, is_array, _KIND)
+    y = step.coupling.forward(target, f)
+    check_coupled(index, y, target)
+    return y, aux
 
 
 def _clean_for(owner: Any) -> set[Any]:

@@ -24,11 +24,11 @@ from revcore.coupling import Coupling
 from revcore.errors import SpecError
 from revcore.policy import Policy, Reverse
 from revcore.program import Program
-from revcore.step import Chain, Repeat, Step
+from revcore.step import Chain, Couple, Repeat, Step
 from revcore_jax import engine, streams
 from revcore_jax._linen_pure import Lift, bound, check_uses, fixed, parted, unbound, write_back
-from revcore_jax.boundary import bind, check_policy
-from revcore_jax.plan import children
+from revcore_jax.boundary import bind, check_policy, couple
+from revcore_jax.plan import children, size
 from revcore_jax.trees import Key
 
 
@@ -114,6 +114,11 @@ class ReversibleSequential(nn.Module):
         super().__post_init__()
 
     def _settings(self) -> tuple[Program, tuple[str, str], Lift]:
+        if not isinstance(self.layers, Sequence):
+            raise SpecError(
+                f"layers came as one {type(self.layers).__name__}, expected a list of blocks: write "
+                "ReversibleSequential([block, …])"
+            )
         check_policy(self.policy)
         couplings = sequential.check_settings(
             self.program, self.coupling, self.coupling_forward, self.coupling_inverse, self.num_streams, jnp.asarray
@@ -227,18 +232,19 @@ def _plainly(
     blocks = [_Bound(layer) for layer in layers]
     slots, theta, shared, start = bind(program, blocks, [None] * len(blocks), parts, args, kwargs, layerwise)
 
-    def run(step: Step, slots: Any, theta: Any, current: Any) -> tuple[Any, list[Any]]:
+    def run(step: Step, place: int, index: int, slots: Any, theta: Any, current: Any) -> tuple[Any, list[Any]]:
         match step:
             case Chain(steps):
                 aux = []
                 for child, here in children(steps):
-                    current, extra = run(child, slots[here], theta[here], current)
+                    current, extra = run(child, place + here.start, index, slots[here], theta[here], current)
                     aux.extend(extra)
+                    index += size(child)
                 return current, aux
             case Repeat(body, n):
 
                 def one(scopes: Any, current: Any, theta: Any) -> Any:
-                    after, aux = run(body, _rebound(slots, scopes), theta, current)
+                    after, aux = run(body, place, index, _rebound(slots, scopes), theta, current)
                     if _types(after) != _types(current):
                         raise SpecError(
                             f"the body of a Repeat turned streams {_types(current)} into {_types(after)}, but must "
@@ -249,11 +255,14 @@ def _plainly(
                 # flax.core.scan wants at least one scope, and there may be only functions
                 scopes = [Scope({}), *(getattr(slot.function.value.layer, "scope", None) for slot in slots)]
                 return flax.core.scan(one, length=n, **lift.arguments())(scopes, current, theta)  # type: ignore[arg-type]
+            case Couple(target) if step.block:
+                y, aux = couple(step, slots[0], place, index, theta[0], shared, current)
+                return (*current[:target], y, *current[target + 1 :]), [aux]
             case _:
                 current, aux, _ = engine.forward(step, slots, theta, shared, current, False)
                 return current, list(aux)
 
-    out, aux = run(Chain(program.steps), slots, theta, start)
+    out, aux = run(Chain(program.steps), 0, 0, slots, theta, start)
     return tuple(out[i] for i in program.output), aux
 
 

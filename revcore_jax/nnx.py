@@ -92,6 +92,12 @@ class ReversibleSequential(nnx.Module):
         policy: Policy = Reverse(),  # noqa: B008 (frozen)
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
+        for i, block in enumerate(blocks):
+            if isinstance(block, (list, tuple)):
+                raise SpecError(
+                    f"block {i} came as a {type(block).__name__}, expected an NNX module or a function: write "
+                    "ReversibleSequential(*blocks)"
+                )
         self._couplings = sequential.check_settings(
             program, coupling, coupling_forward, coupling_inverse, num_streams, jnp.asarray
         )

@@ -33,6 +33,7 @@ from linen_models import (
 
 import revcore_jax
 from revcore import (
+    Anchor,
     Bijection,
     Chain,
     Checkpoint,
@@ -425,8 +426,11 @@ def test_bad_variables_are_told() -> None:
     with pytest.raises(SpecError, match=r"1 blocks came, but the program takes 2 \(a Repeat's blocks once"):
         ReversibleSequential([Small()], program=repeated()).init(jax.random.key(0), inputs())
     narrow = ReversibleSequential([lambda x: x.astype(jnp.float64)] * 2, program=repeated())
-    with pytest.raises(SpecError, match="body of a Repeat turned streams"):
+    with pytest.raises(SpecError, match=r"step 0 turned a stream of float32, .* into float64"):
         narrow.init(jax.random.key(0), inputs().astype("float32"))
+    halving = ReversibleSequential([lambda *xs: tuple(x[::2] for x in xs)], program=Program([Repeat(Anchor(), 3)]))
+    with pytest.raises(SpecError, match="body of a Repeat turned streams"):
+        halving.init(jax.random.key(0), inputs().astype("float32"))
 
 
 def test_changes_of_what_iterations_share_are_refused() -> None:

@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from helpers import tree_error
 from plain_network import Net, arrays, energy, mlp
 
 import revcore
 import revcore_jax
 from revcore import Affine, Chain, Checkpoint, Couple, Coupling, Program, Repeat, Reverse, SpecError, StoreAll
+from revcore_jax import linen as linen_reversible
+from revcore_jax import nnx as nnx_reversible
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -117,6 +120,23 @@ def test_stack_keeps_what_is_no_array() -> None:
 def test_check_inverse_inside_jit_is_told() -> None:
     with pytest.raises(SpecError, match=r"check_inverse: a traced value came.*call it outside of jax\.jit"):
         jax.jit(lambda x: revcore_jax.check_inverse(ONE, [lambda p, x: x], [None], (x, x)).worst)(jnp.ones(3))
+
+
+def test_how_flax_modules_take_their_blocks_is_told() -> None:
+    with pytest.raises(SpecError, match=r"block 0 came as a list.*write ReversibleSequential\(\*blocks\)"):
+        nnx_reversible.ReversibleSequential([jnp.sin, jnp.cos])
+    with pytest.raises(SpecError, match=r"layers came as one Dense.*write ReversibleSequential\(\[block, …\]\)"):
+        linen_reversible.ReversibleSequential(nn.Dense(4), nn.Dense(4)).init(jax.random.key(0), jnp.ones((2, 8)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("features", "program"), [(1, None), (5, None), (1, Program((Couple(1, (0,)), Repeat(Couple(0, (1,)), 2))))]
+)
+def test_linen_refuses_a_misfit_at_init_already(features: int, program: Any) -> None:
+    """One feature broadcasts, so that init went well and the first apply did not."""
+    model = linen_reversible.ReversibleSequential([jnp.sin, nn.Dense(features)], program=program)
+    with pytest.raises(SpecError, match=rf"block 1 returned shape \(2, {features}\), but the stream .* \(2, 4\)"):
+        model.init(jax.random.key(0), jnp.ones((2, 8)))
 
 
 # --- what stays behind ------------------------------------------------------------------------------------------------
