@@ -88,8 +88,8 @@ def reversible(
         layerwise_args_kwargs: one ``(args, kwargs)`` for each slot, handed to that block after the common ones; stacked
             inside ``Repeat`` as ``params`` are. The place for a dropout key of each layer.
         policy: what the backward pass keeps, in steps; inside a ``Repeat`` rounded to whole iterations. Its
-            ``recompute`` is one of ``jax.checkpoint_policies`` (under ``Reverse`` it does not look into a ``scan`` inside
-            of a block, as it does under ``Checkpoint``); ``offload`` needs a ``Repeat``.
+            ``recompute`` is one of ``jax.checkpoint_policies`` (under ``Reverse`` it does not look into a block's own
+            ``scan``, as it does under ``Checkpoint``); ``offload`` needs a ``Repeat``.
 
     Returns:
         The streams in ``program.output`` order; ``(streams, aux)`` if any block returned more than its output, ``aux``
