@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,15 @@ def flat(tree: Any, name: str = "") -> dict[str, Any]:
     else:
         return {name or "array": tree}
     return {key: value for k, v in items for key, value in flat(v, f"{name}.{k}" if name else str(k)).items()}
+
+
+def name_of(value: Any) -> str:
+    """Return ``str(value)`` without addresses: the same in every process, as the names of tests must be.
+
+    >>> name_of([name_of])
+    '[name_of]'
+    """
+    return re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", str(value))
 
 
 def tree_error(a: Any, b: Any) -> float:

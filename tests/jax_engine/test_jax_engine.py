@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close, tree_error
+from helpers import assert_close, name_of, tree_error
 
 import revcore
 import revcore_jax
@@ -181,7 +181,7 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=name_of)
 @pytest.mark.parametrize("name", ["momentum", "nested repeat", "mixed", "aux"])
 def test_policies_change_no_value(name: str, policy: Any) -> None:
     network = networks()[name]
@@ -200,7 +200,7 @@ def test_policies_change_no_value(name: str, policy: Any) -> None:
         Checkpoint(2, offload=True),
         Checkpoint(2, recompute=jax.checkpoint_policies.dots_saveable, offload=True),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_what_is_offloaded_comes_back(policy: Any) -> None:
     if "pinned_host" not in [memory.kind for memory in jax.devices()[0].addressable_memories()]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers import tree_error
+from helpers import name_of, tree_error
 from plain_network import Net, arrays, energy, mlp
 
 import revcore
@@ -28,7 +28,7 @@ ONE = Program((Couple(0, (1,)),))
 
 
 @pytest.mark.parametrize(
-    "policy", [Reverse(), Reverse(keep_last=2), Reverse(recompute=KEEP_ALL), Checkpoint(2), StoreAll()], ids=str
+    "policy", [Reverse(), Reverse(keep_last=2), Reverse(recompute=KEEP_ALL), Checkpoint(2), StoreAll()], ids=name_of
 )
 @pytest.mark.parametrize("closure", [False, True], ids=["", "closure"])
 def test_numbers_as_auxiliary_outputs(policy: Any, closure: bool) -> None:
