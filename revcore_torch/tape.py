@@ -236,13 +236,14 @@ class Tape:
     def _walking(self) -> Iterator[Pass]:
         """The state of this backward pass (T5): begun where there is none, gone when it ends or fails."""
         task = _task()
-        if self.current is None or self.current.task != task:
-            self.current = self._begin(task)
+        walk = self.current  # read once: another thread may be on its own way back, and put its state there
+        if walk is None or walk.task != task:
+            walk = self.current = self._begin(task)
             if task != -1:
                 me = weakref.ref(self)
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: _end(me, task))  # type: ignore[attr-defined]
         try:
-            yield self.current
+            yield walk
         except BaseException:
             self.current = None
             raise

@@ -101,8 +101,10 @@ def test_policies_give_the_same_losses(name: str, task: Any, depth: int) -> None
     assert found["reverse"].losses[1] != found["reverse"].losses[0]
     before = training.evaluate(made[0], data)
     made[0].train_step(*data.batch(2))  # evaluated in between, as in a run
-    assert training.evaluate(made[0], data) != before
-    if task == "text":  # in a list XLA may move what it likes from step to step; a scan holds it
+    after = training.evaluate(made[0], data)
+    if task == "text":  # a loss, which any step moves; two steps need not move an accuracy
+        assert after != before
+        # in a list XLA may move what it likes from step to step; a scan holds it
         assert found["reverse"].bytes < found["checkpoint"].bytes < found["store-all"].bytes
 
 
