@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,7 @@ from revcore.policy import Checkpoint, Reverse, StepPolicy, StoreAll
 from revcore.policy import check_policy as check_any_policy
 from revcore.program import Program
 from revcore.step import Bijection, Chain, Couple, Repeat, Step
-from revcore_jax.plan import children, size, written
+from revcore_jax.plan import children, flat, size, written
 from revcore_jax.retain import check_host_memory
 from revcore_jax.trees import Block, Hoisted, Traced, is_array, is_inexact, take
 
@@ -55,18 +55,12 @@ def check_offload(policy: StepPolicy, program: Program) -> None:
     """Raise if the policy offloads, and the program or the device cannot."""
     if not policy.offload:
         return
-    if not any(isinstance(step, Repeat) for step in _walk(program.steps)):
+    if not any(isinstance(step, Repeat) for step in flat(program.steps)):
         raise SpecError(
             f"policy came as {policy!r}, but XLA moves to the host only what a scan puts out, and the program has no "
             "Repeat: write one (with the blocks' parameters stacked), or leave offload out"
         )
     check_host_memory(policy)
-
-
-def _walk(steps: Iterable[Step]) -> Iterator[Step]:
-    for step in steps:
-        yield step
-        yield from _walk(step.steps if isinstance(step, Chain) else (step.step,) if isinstance(step, Repeat) else ())
 
 
 def bind(

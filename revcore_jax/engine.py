@@ -335,7 +335,9 @@ def backward(
         case Seq(nodes):
             gtheta, g, total = (), (), zeros(shared)
             for (child, here), kept in reversed(list(zip(children(nodes), residual, strict=True))):
-                values, y, gy, g, total = _fence(len(nodes) > 1, (theta[here], y, gy, g, total))
+                values = theta[here]
+                if len(nodes) > 1:
+                    values, y, gy, g, total = fence((values, y, gy, g, total))
                 gtheta = g + gtheta
                 y, gy, g, gshared = _backward_jit(child, slots[here], values, shared, kept, y, gy, gaux[here])
                 total = add(total, gshared)
@@ -357,7 +359,7 @@ def backward(
             before, after = residual
             gfront, gback = (jax.tree.map(lambda a, s=s: a[s], gaux) for s in (slice(n), slice(n, None)))
             y, gy, last, total = backward(tail, slots, _cut(theta, n), shared, after, y, gy, gback)
-            theta, y, gy, last, total = _fence(True, (theta, y, gy, last, total))
+            theta, y, gy, last, total = fence((theta, y, gy, last, total))
             x, gx, gtheta, gshared = backward(head, slots, theta, shared, before, y, gy, gfront)
             gtheta = jax.tree.map(lambda a, b: lax.dynamic_update_slice_in_dim(a, b, n, 0), gtheta, last)
             return x, gx, gtheta, add(total, gshared)
@@ -365,7 +367,7 @@ def backward(
             gtheta, total = [], zeros(shared)
             pieces = list(zip(nodes, _part(node, theta), residual, _part(node, gaux), strict=True))
             for child, values, kept, gextra in reversed(pieces):
-                values, y, gy, gtheta, total = _fence(True, (values, y, gy, gtheta, total))
+                values, y, gy, gtheta, total = fence((values, y, gy, gtheta, total))
                 y, gy, g, gshared = _backward_jit(child, slots, values, shared, kept, y, gy, gextra)
                 gtheta = [g, *gtheta]
                 total = add(total, gshared)
@@ -385,15 +387,6 @@ def backward(
             return x, gx, gtheta, gshared
         case _:
             raise AssertionError(f"{node} has no reversible backward pass")
-
-
-def _fence(needed: bool, values: Any) -> Any:
-    """J4: what comes behind waits until all of ``values`` is there.
-
-    Or XLA rebuilds all layers before the first cotangent is there, or leaves the gradients of parameters for later and
-    holds what they are made of: reversible, and nothing saved.
-    """
-    return fence(values) if needed else values
 
 
 def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams) -> Streams:
@@ -439,11 +432,9 @@ def _scan(one: Any, carry: Any, n: int, theta: Any, *more: Any, reverse: bool = 
 
 def _room(streams: Streams, n: int, every: int | None) -> Any:
     """Make room for the inputs that a loop keeps."""
-    return () if every is None else tuple(_many(jnp.zeros_like(s), (n - 1) // every) for s in streams)
-
-
-def _many(array: Any, n: int) -> Any:
-    return jnp.broadcast_to(array, (n, *array.shape))
+    if every is None:
+        return ()
+    return tuple(jnp.broadcast_to(jnp.zeros_like(s), ((n - 1) // every, *s.shape)) for s in streams)
 
 
 def _noted(anchors: Any, streams: Streams, i: Any, every: int | None) -> Any:

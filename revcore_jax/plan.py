@@ -145,7 +145,7 @@ def make_plan(steps: tuple[Step, ...], policy: StepPolicy) -> Node:
     if not isinstance(policy, Reverse):
         every = policy.every if isinstance(policy, Checkpoint) else None
         return Seq(tuple(how.cut(steps, every)))
-    head, tail = list(_flat(steps)), []
+    head, tail = list(flat(steps)), []
     keep, split = policy.keep_last, []
     while keep > 0 and head:
         last = head.pop()
@@ -165,10 +165,10 @@ def size(step: Step) -> int:
     return sum(1 for _ in unroll(step))
 
 
-def _flat(steps: Iterable[Step]) -> Iterator[Step]:
+def flat(steps: Iterable[Step]) -> Iterator[Step]:
     for step in steps:
         if isinstance(step, Chain):
-            yield from _flat(step.steps)
+            yield from flat(step.steps)
         elif next(unroll(step), None):  # a Repeat of nothing has no iterations to cut between
             yield step
 
@@ -179,7 +179,7 @@ def _plain(step: Step) -> Node:
         case Repeat():
             return Loop(_plain(step.step), step.n)
         case Chain():
-            return Seq(tuple(map(_plain, _flat((step,)))))
+            return Seq(tuple(map(_plain, flat((step,)))))
         case _:
             return step
 
@@ -222,7 +222,7 @@ class _Planner:
             case Repeat():
                 return Loop(self.inner(step.step), step.n)
             case Chain():
-                return Seq(tuple(map(self.inner, _flat((step,)))))
+                return Seq(tuple(map(self.inner, flat((step,)))))
             case Anchor():
                 return self.kept(Stored(step))
             case _ if step.block and self.policy.recompute:
@@ -233,7 +233,7 @@ class _Planner:
     def cut(self, steps: Iterable[Step], every: int | None) -> Iterator[Node]:
         """Yield nodes of at most ``every`` steps, each wrapped; a ``Repeat`` and an ``Anchor`` stand alone."""
         group: list[Node] = []
-        for step in _flat(steps):
+        for step in flat(steps):
             if every is None:
                 yield self.inner(step)
                 continue

@@ -31,11 +31,16 @@ def is_array(value: Any) -> bool:
     return isinstance(value, jax.Array)
 
 
+def is_value(leaf: Any) -> bool:
+    """Return whether ``leaf`` is an array or a number."""
+    return is_array(leaf) or isinstance(leaf, (bool, int, float, complex))
+
+
 def as_array(leaf: Any) -> Any:
     """Return a block's output as a JAX array: it may be NumPy's, or a number."""
     if isinstance(leaf, jax.Array):
         return leaf
-    if is_array(leaf) or isinstance(leaf, (bool, int, float, complex)):
+    if is_value(leaf):
         return jnp.asarray(leaf)
     raise SpecError(f"a block returned {leaf!r} ({type(leaf).__name__}), expected arrays, numbers or None")
 
@@ -115,7 +120,9 @@ class Block:
         params, (more, named) = self.layer.build(leaves)
         args, kwargs = self.common.build(shared)
         out = function(params, *streams, *args, *more, **kwargs, **named)
-        return out if isinstance(out, str) else jax.tree.map(as_array, out)  # f alone: who knows which block tells
+        if jax.tree_util.all_leaves([out]) and not is_value(out):
+            return out  # in a stream's place: whoever knows which block it is says what is wrong
+        return jax.tree.map(as_array, out)
 
 
 # --- device-varying types ---------------------------------------------------------------------------------------------
@@ -149,9 +156,11 @@ def _over(axes: frozenset[Any], tree: Any) -> Any:
 
 
 def fence(tree: Any) -> Any:
-    """Return ``tree``, all of whose leaves wait for each other.
+    """Return ``tree``, all of whose leaves wait for each other (J4).
 
-    A barrier lets all that passes it vary over the same axes, so under ``shard_map`` there is one for each type.
+    Without it XLA rebuilds all layers before the first cotangent is there, or leaves the gradients of parameters for
+    later and holds what they are made of: reversible, and nothing saved. A barrier lets all that passes it vary over
+    the same axes, so under ``shard_map`` there is one for each type.
     """
     leaves, treedef = jax.tree.flatten(tree)
     kinds: dict[Any, list[int]] = {}
@@ -356,4 +365,4 @@ def _form(tree: Any) -> Any:
 
 
 def _is_stacked(leaf: Any) -> bool:
-    return is_array(leaf) or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool))
+    return is_value(leaf) and not isinstance(leaf, bool)
