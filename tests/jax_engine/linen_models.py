@@ -38,6 +38,16 @@ class Block(nn.Module):
         return nn.Dropout(0.4, deterministic=not train)(x)
 
 
+class Using(nn.Module):
+    """A block with a Dense of somebody else's before its own."""
+
+    dense: Any
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return jnp.tanh(nn.Dense(D)(self.dense(x)))
+
+
 class Small(nn.Module):
     """Dense and tanh."""
 

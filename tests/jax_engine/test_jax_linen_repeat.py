@@ -22,6 +22,7 @@ from linen_models import (
     Mode,
     Plain,
     Small,
+    Using,
     check_step,
     in_both_modes,
     inputs,
@@ -349,13 +350,6 @@ def test_partitioned_parameters_in_a_list() -> None:
 
 def test_modules_of_others_in_a_repeat() -> None:
     """A Dense of the model around, used in every iteration and outside: one set of parameters, with all gradients."""
-
-    class Using(nn.Module):
-        dense: Any
-
-        @nn.compact
-        def __call__(self, x: Any) -> Any:
-            return jnp.tanh(nn.Dense(D)(self.dense(x)))
 
     class Outer(nn.Module):
         program: Any

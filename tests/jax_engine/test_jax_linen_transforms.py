@@ -21,6 +21,7 @@ from linen_models import (
     Net,
     Plain,
     Small,
+    Using,
     cast,
     check_step,
     in_both_modes,
@@ -170,13 +171,6 @@ def _halves(net: Net) -> nn.Module:
 
 def shared_from_outside(net: Net) -> nn.Module:
     """A Dense of the model that holds the network, used by two of its blocks and by itself."""
-
-    class Using(nn.Module):
-        dense: Any
-
-        @nn.compact
-        def __call__(self, x: Any) -> Any:
-            return jnp.tanh(nn.Dense(D)(self.dense(x)))
 
     class Outer(nn.Module):
         def setup(self) -> None:
