@@ -15,10 +15,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from revcore.coupling import Additive, Affine, Coupling, Momentum
+from revcore.coupling import BDIA, Additive, Affine, Coupling, LinearCoupling, Momentum
 from revcore.errors import InversionError, SpecError
+from revcore.exact import Exact
 from revcore.policy import Checkpoint, MemoryBudget, Policy, Reverse, StoreAll
-from revcore.program import Program, grouped, leapfrog, momentum_net, reversible_columns, revnet
+from revcore.program import Program, bdia, grouped, leapfrog, momentum_net, reversible_columns, revnet
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BDIA",
     "Additive",
     "Affine",
     "Anchor",
@@ -40,8 +42,10 @@ __all__ = [
     "Couple",
     "Coupling",
     "CouplingReport",
+    "Exact",
     "InverseReport",
     "InversionError",
+    "LinearCoupling",
     "MemoryBudget",
     "Momentum",
     "Policy",
@@ -51,6 +55,7 @@ __all__ = [
     "SpecError",
     "Step",
     "StoreAll",
+    "bdia",
     "check_coupling",
     "grouped",
     "leapfrog",

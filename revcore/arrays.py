@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 
@@ -37,3 +38,61 @@ def permute_axes(array: Any, axes: tuple[int, ...]) -> Any:
     namespace = array_namespace(array)
     permute = getattr(namespace, "permute_dims", None) or namespace.permute
     return permute(array, axes)
+
+
+def arange(start: int, stop: int, like: Any) -> Any:
+    """Return ``start, …, stop − 1`` with the dtype of ``like``, and on its device.
+
+    >>> import numpy
+    >>> arange(1, 4, numpy.ones(1, numpy.int32))
+    array([1, 2, 3], dtype=int32)
+    """
+    namespace = array_namespace(like)
+    device = {"device": like.device} if namespace.__name__ == "torch" else {}
+    return namespace.arange(start, stop, dtype=like.dtype, **device)
+
+
+def as_type(array: Any, dtype: Any) -> Any:
+    """Return ``array`` with its numbers converted to ``dtype``, which is of the array's own library.
+
+    >>> import numpy
+    >>> as_type(numpy.ones(2), numpy.int32)
+    array([1, 1], dtype=int32)
+    """
+    return array.astype(dtype) if hasattr(array, "astype") else array.to(dtype)
+
+
+def constant(array: Any) -> Any:
+    """Return the values of ``array``, through which no derivative flows.
+
+    NumPy has none but the complex step's, in the imaginary part (see ``revcore.reference``).
+
+    >>> import numpy
+    >>> constant(numpy.array([1 + 1e-20j]))
+    array([1.])
+    """
+    namespace = array_namespace(array).__name__
+    if namespace == "torch":
+        return array.detach()
+    if namespace == "numpy":
+        return array.real
+    return sys.modules["jax"].lax.stop_gradient(array)
+
+
+def straight(values: Any, surrogate: Callable[[], Any]) -> Any:
+    """Return ``values`` to the bit, with the derivative of ``surrogate()`` ("straight through").
+
+    Bengio, Léonard and Courville, arXiv 1308.3432. ``surrogate`` is called where somebody could ask for a derivative.
+
+    >>> import numpy
+    >>> straight(numpy.array([2.0]), lambda: numpy.array([1.9 + 1e-20j])).imag / 1e-20
+    array([1.])
+    """
+    namespace = array_namespace(values).__name__
+    if namespace == "torch" and not sys.modules["torch"].is_grad_enabled():
+        return values
+    near = surrogate()
+    if namespace == "numpy":
+        return values + 1j * near.imag if near.dtype.kind == "c" else values
+    # A difference of a number and itself is 0, and its derivative that of the first.
+    return values + (near - constant(near))

@@ -36,6 +36,9 @@ class Coupling:
     num_outputs: ClassVar[int] = 1
     """How many arrays of a block's output the coupling takes; whatever follows is auxiliary."""
 
+    uses_source: ClassVar[bool] = False
+    """Whether ``f`` is ``(block(source), source)``: the coupling takes what the block was given, too."""
+
     def forward(self, x: Any, f: Any) -> Any:
         """Return the new target stream ``y``."""
         raise NotImplementedError(f"{type(self).__name__} has no forward(x, f)")
@@ -50,6 +53,16 @@ class Coupling:
         ``NotImplemented`` (the default) tells an engine to differentiate :meth:`forward` by itself.
         """
         return NotImplemented
+
+    # What engines call. A coupling whose inverse needs more than y and f (`Exact`) says so here.
+
+    def advance(self, x: Any, f: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Return ``(forward(x, f), carry)``: ``carry`` are the small arrays that :meth:`restore` needs beside ``f``."""
+        return self.forward(x, f), ()
+
+    def restore(self, y: Any, f: Any, carry: tuple[Any, ...]) -> tuple[Any, Any]:
+        """Return ``(x, wrong)``; ``wrong`` is an array of one truth value, or ``None`` where nothing is checked."""
+        return self.inverse(y, f), None
 
     @staticmethod
     def from_functions(
@@ -101,8 +114,40 @@ class FunctionCoupling(Coupling):
         return self._inverse(y, f)
 
 
+class LinearCoupling(Coupling):
+    """``y = a·x + push(f)`` with a number ``a``, :attr:`rate`, and a linear ``push``. Inverse ``x = (y − push(f))/a``.
+
+    The base of :class:`Additive`, :class:`Momentum` and :class:`BDIA`; a subclass of your own with a ``rate`` and a
+    ``push`` gets the three functions, and can be made exact (:class:`revcore.Exact`).
+
+    >>> @dataclass(frozen=True)
+    ... class Halved(LinearCoupling):
+    ...     rate = 0.5
+    ...     def push(self, f): return f
+    >>> Halved().forward(4.0, 1.0), Halved().inverse(3.0, 1.0)
+    (3.0, 4.0)
+    """
+
+    @property
+    def rate(self) -> float:
+        """The number ``a``: what is left of the target."""
+        raise NotImplementedError(f"{type(self).__name__} has no rate")
+
+    def push(self, f: Any) -> Any:
+        """Return what is added to ``a·x``."""
+        raise NotImplementedError(f"{type(self).__name__} has no push(f)")
+
+    def forward(self, x: Any, f: Any) -> Any:
+        # a product with 1 would cost a pass over memory and change nothing
+        return (x if self.rate == 1 else self.rate * x) + self.push(f)
+
+    def inverse(self, y: Any, f: Any) -> Any:
+        kept = y - self.push(f)
+        return kept if self.rate == 1 else kept / self.rate
+
+
 @dataclass(frozen=True)
-class Additive(Coupling):
+class Additive(LinearCoupling):
     """``y = x + s·f``, inverse ``x = y − s·f``.
 
     RevNet (Gomez et al., arXiv 1707.04585) with ``scale`` 1; the midpoint and leapfrog rules (Chang et al.,
@@ -128,22 +173,19 @@ class Additive(Coupling):
         if not _is_number(self.scale) or self.scale == 0:
             raise SpecError(f"Additive: scale came as {self.scale!r}, but must be a finite number other than 0")
 
-    def _scaled(self, f: Any) -> Any:
-        # a product with 1 would cost a pass over memory and change nothing
+    @property
+    def rate(self) -> float:
+        return 1.0
+
+    def push(self, f: Any) -> Any:
         return f if self.scale == 1 else self.scale * f
 
-    def forward(self, x: Any, f: Any) -> Any:
-        return x + self._scaled(f)
-
-    def inverse(self, y: Any, f: Any) -> Any:
-        return y - self._scaled(f)
-
     def vjp(self, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
-        return gy, self._scaled(gy)
+        return gy, self.push(gy)
 
 
 @dataclass(frozen=True)
-class Momentum(Coupling):
+class Momentum(LinearCoupling):
     """``y = β·x + (1 − β)·f``, inverse ``x = (y − (1 − β)·f) / β``.
 
     MomentumNet (Sander et al., arXiv 2102.07870). Every inverse multiplies an error by ``1/β``, so float32
@@ -172,14 +214,60 @@ class Momentum(Coupling):
                 "so nothing could be rebuilt; 1 ignores the block): write Momentum(0.9)"
             )
 
-    def forward(self, x: Any, f: Any) -> Any:
-        return self.beta * x + (1 - self.beta) * f
+    @property
+    def rate(self) -> float:
+        return self.beta
 
-    def inverse(self, y: Any, f: Any) -> Any:
-        return (y - (1 - self.beta) * f) / self.beta
+    def push(self, f: Any) -> Any:
+        return (1 - self.beta) * f
 
     def vjp(self, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
         return self.beta * gy, (1 - self.beta) * gy
+
+
+@dataclass(frozen=True)
+class BDIA(LinearCoupling):
+    """``y = γ·x + (1 − γ)·s + (1 + γ)·h``, where ``s`` is the source and ``h`` what the block makes of it.
+
+    Bidirectional integration approximation (Zhang et al., arXiv 2407.09093): ``x`` is the activation before last, ``s``
+    the last one. The inverse divides by ``γ``, so with ``γ = ±½`` it doubles an error at every step: use it exactly
+    (:func:`revcore.bdia`, :class:`revcore.Exact`).
+
+    Args:
+        gamma: the number ``γ``, strictly between −1 and 1 and not 0; ±½ in the paper.
+
+    Raises:
+        SpecError: ``gamma`` is out of that range.
+
+    >>> BDIA(0.5).forward(4.0, (2.0, 6.0))
+    8.0
+    >>> BDIA(0.5).inverse(8.0, (2.0, 6.0))
+    4.0
+    >>> BDIA(0.5).vjp(4.0, (2.0, 6.0), 1.0)
+    (0.5, (1.5, 0.5))
+    """
+
+    uses_source: ClassVar[bool] = True
+
+    gamma: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.gamma) or not 0 < abs(self.gamma) < 1:
+            raise SpecError(
+                f"BDIA: gamma came as {self.gamma!r}, but must lie strictly between -1 and 1 and not be 0 (which "
+                "forgets the stream, so nothing could be rebuilt): write BDIA(0.5)"
+            )
+
+    @property
+    def rate(self) -> float:
+        return self.gamma
+
+    def push(self, f: Any) -> Any:
+        h, source = f
+        return (1 - self.gamma) * source + (1 + self.gamma) * h
+
+    def vjp(self, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
+        return self.gamma * gy, ((1 + self.gamma) * gy, (1 - self.gamma) * gy)
 
 
 @dataclass(frozen=True)

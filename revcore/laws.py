@@ -198,7 +198,7 @@ class _Probe:
         def one() -> np.ndarray:
             return np.asarray(self.asarray(self.rng.standard_normal(self.shape).astype(dtype)))
 
-        return one(), tuple(one() for _ in range(self.coupling.num_outputs))
+        return one(), tuple(one() for _ in range(self.coupling.num_outputs + self.coupling.uses_source))
 
     def _call(self, function: Callable[..., Any], x: np.ndarray, f: tuple[np.ndarray, ...], *more: np.ndarray) -> Any:
         given = tuple(self.asarray(part) for part in f)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from revcore.coupling import Additive, Affine, Coupling, FunctionCoupling, Momentum
+from revcore.coupling import BDIA, Additive, Affine, Coupling, FunctionCoupling, Momentum
 from revcore.errors import SpecError, check_count
+from revcore.exact import Exact
+from revcore.lattice import Lattice
 from revcore.step import (
     Anchor,
     Bijection,
@@ -92,6 +94,7 @@ class Program:
             raise SpecError(f"Program: same_shape came as {self.same_shape!r}, expected True or False")
         for i, step in enumerate(self._slots):
             _check_range(i, step, n)
+        _check_exact(self._slots)
 
     @cached_property
     def unrolled(self) -> tuple[Primitive, ...]:
@@ -101,6 +104,39 @@ class Program:
     @cached_property
     def _slots(self) -> tuple[Primitive, ...]:
         return tuple(slots(Chain(self.steps)))
+
+    @cached_property
+    def lattice(self) -> Lattice | None:
+        """The numbers that the streams of an exact program are made of; ``None`` for an ordinary one."""
+        couplings = (step.coupling for step in self._slots if isinstance(step, Couple))
+        return next((c.lattice for c in couplings if isinstance(c, Exact)), None)
+
+    def exact(self, bits: int = 12, guard: int = 0, checksum: bool = True) -> Program:
+        """Return the same program with every coupling in exact arithmetic; see :class:`revcore.Exact`.
+
+        Args:
+            bits: the digits after the point.
+            guard: how many last bits of what blocks return are kept too.
+            checksum: whether what is rebuilt is compared with what was there.
+
+        Raises:
+            SpecError: a coupling that is not linear, or a bijection made of code, whose rounding nobody knows.
+
+        >>> momentum_net(8, beta=0.5).exact().unrolled[0].coupling
+        Exact(coupling=Momentum(beta=0.5), bits=12, guard=0, checksum=True)
+        """
+
+        def made(step: Step) -> Step:
+            if isinstance(step, Chain):
+                return Chain(tuple(map(made, step.steps)))
+            if isinstance(step, Repeat):
+                return Repeat(made(step.step), step.n)
+            if not isinstance(step, Couple):
+                return step
+            inner = step.coupling.coupling if isinstance(step.coupling, Exact) else step.coupling
+            return dataclasses.replace(step, coupling=Exact(inner, bits, guard, checksum))  # type: ignore[arg-type]
+
+        return dataclasses.replace(self, steps=tuple(map(made, self.steps)))
 
     @property
     def num_blocks(self) -> int:
@@ -176,13 +212,45 @@ def _check_range(index: int, step: Primitive, n: int) -> None:
         raise SpecError(f"Program: step {index} permutes {len(step.forward.order)} streams, but there are {n}")
 
 
+def _check_exact(steps: Sequence[Primitive]) -> None:
+    """Refuse a program that is exact in part: its streams would leave the lattice, and none of it would be exact."""
+    couplings = [step.coupling for step in steps if isinstance(step, Couple)]
+    first = next((c for c in couplings if isinstance(c, Exact)), None)
+    if first is None:
+        return
+    for index, step in enumerate(steps):
+        if isinstance(step, Couple) and not (isinstance(step.coupling, Exact) and step.coupling.bits == first.bits):
+            raise SpecError(
+                f"Program: step {index} has {step.coupling!r} beside an exact coupling of {first.bits} bits: either "
+                "all are exact, with equal bits, or none is: write program.exact(bits=12)"
+            )
+        if isinstance(step, Bijection) and not isinstance(step.forward, (Permute, SpaceToDepth)):
+            raise SpecError(
+                f"Program: step {index} is a bijection made of code beside exact couplings, and nobody knows how it "
+                "rounds: write it as an Anchor, whose input is kept, or use Bijection.permute or .space_to_depth"
+            )
+
+
 # --- plain data -------------------------------------------------------------------------------------------------------
 
 _FORMAT = "revcore.Program"
 _VERSION = 1
 _KINDS: dict[str, type] = {
     cls.__name__: cls
-    for cls in (Couple, Bijection, Anchor, Chain, Repeat, Permute, SpaceToDepth, Additive, Momentum, Affine)
+    for cls in (
+        Couple,
+        Bijection,
+        Anchor,
+        Chain,
+        Repeat,
+        Permute,
+        SpaceToDepth,
+        Additive,
+        Momentum,
+        Affine,
+        BDIA,
+        Exact,
+    )
 }
 
 
@@ -313,6 +381,27 @@ def momentum_net(depth: int, beta: float = 0.9) -> Program:
     check_count("momentum_net", "depth", depth, 0)
     pair = (Couple(0, (1,), Momentum(beta)), Couple(1, (0,), Additive(), block=False))
     return Program(pair * depth)
+
+
+def bdia(depth: int, gamma: float = 0.5, bits: int = 12) -> Program:
+    """``x_{k+1} = γ·x_{k−1} + (1 − γ)·x_k + (1 + γ)·f_k(x_k)`` after ``x_1 = x_0 + f_0(x_0)``, exactly.
+
+    BDIA-transformer (Zhang et al., arXiv 2407.09093): both streams start as the input, the output is the newest. The
+    paper's parity bit is what :class:`revcore.Exact` keeps of ``γ·x_{k−1}``, 1 bit an element and step. The paper draws
+    the sign of ``γ`` anew for each sample; here it is one for all. Its network at inference, ``γ = 0``, is the ordinary
+    ``x + f(x)``.
+
+    Args:
+        depth: how many blocks.
+        gamma: ``γ``; ±½ in the paper.
+        bits: the digits after the point, to which streams and updates are rounded.
+
+    >>> [step.coupling.coupling for step in bdia(3).unrolled]
+    [Additive(scale=1.0), BDIA(gamma=0.5), BDIA(gamma=0.5)]
+    """
+    check_count("bdia", "depth", depth, 0)
+    couplings = [Additive(), *[BDIA(gamma)] * (depth - 1)]
+    return dataclasses.replace(revnet(depth, couplings).exact(bits), split="copy", merge="last")
 
 
 def grouped(groups: int, depth: int, coupling: Couplings | None = None) -> Program:

@@ -47,10 +47,11 @@ def forward(program: Program, blocks: Sequence[Any], streams: Sequence[np.ndarra
     aux: list[tuple[Any, ...]] = []
     for index, step in enumerate(program.unrolled):
         if isinstance(step, Couple):
-            f: Any = step.gather(current)[0]
+            given = step.gather(current)
+            f: Any = given[0]
             extra: tuple[Any, ...] = ()
             if step.block:
-                f, extra = step.split(next(queue)(*step.gather(current), *args, **kwargs))
+                f, extra = step.split(next(queue)(*given, *args, **kwargs), given)
                 check_block_output(len(aux), f, current[step.target], _is_array, "NumPy array")
             y = step.coupling.forward(current[step.target], f)
             check_coupled(index, y, current[step.target])
@@ -92,7 +93,7 @@ def inverse(
             current = list(undo(*current) if block is None else undo(*current, *args, **kwargs))
             continue
         gathered = step.gather(current)
-        f = gathered[0] if block is None else step.split(block(*gathered, *args, **kwargs))[0]
+        f = gathered[0] if block is None else step.split(block(*gathered, *args, **kwargs), gathered)[0]
         current[step.target] = step.coupling.inverse(current[step.target], f)
     return tuple(current)
 

@@ -69,6 +69,11 @@ class Couple:
             raise SpecError(f"Couple: combine came as {self.combine!r}, expected 'args' or 'sum'")
         if not self.block and (self.coupling.num_outputs != 1 or (len(sources) > 1 and self.combine == "args")):
             raise SpecError("Couple: block=False needs a coupling of one output, and one source or combine='sum'")
+        if self.coupling.uses_source and not (self.block and (len(sources) == 1 or self.combine == "sum")):
+            raise SpecError(
+                f"Couple: {type(self.coupling).__name__} takes what the block was given beside what it returns, so it "
+                "needs a block, and one source or combine='sum'"
+            )
 
     def gather(self, streams: Any) -> tuple[Any, ...]:
         """Return the arguments that the block gets of ``streams``.
@@ -84,15 +89,16 @@ class Couple:
             total = total + value
         return (total,)
 
-    def split(self, output: Any) -> tuple[Any, tuple[Any, ...]]:
-        """Part a block's output into ``(f, aux)``, as the coupling takes it.
+    def split(self, output: Any, given: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+        """Part a block's output into ``(f, aux)``, as the coupling takes it; ``given`` is what the block got.
 
-        >>> Couple(0, 1).split(("f", "aux"))
+        >>> Couple(0, 1).split(("f", "aux"), ("source",))
         ('f', ('aux',))
         """
         count = self.coupling.num_outputs
         if count == 1:
-            return (output[0], tuple(output[1:])) if isinstance(output, (tuple, list)) and output else (output, ())
+            f, aux = (output[0], tuple(output[1:])) if isinstance(output, (tuple, list)) and output else (output, ())
+            return ((f, given[0]) if self.coupling.uses_source else f), aux
         if not isinstance(output, (tuple, list)) or len(output) < count:
             raise SpecError(
                 f"{type(self.coupling).__name__} takes {count} arrays of its block's output, but the block returned "

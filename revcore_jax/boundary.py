@@ -220,7 +220,7 @@ def couple(step: Couple, slot: Any, place: int, index: int, leaves: Any, shared:
     """Return ``(the target stream after the step, auxiliary outputs)``; check what the block returned."""
     given, target = step.gather(streams), streams[step.target]
     f: Any
-    f, aux = step.split(slot(leaves, shared, *given)) if slot is not None else (given[0], ())
+    f, aux = step.split(slot(leaves, shared, *given), given) if slot is not None else (given[0], ())
     check_block_output(place, f, target, is_array, _KIND)
     y = step.coupling.forward(target, f)
     check_coupled(index, y, target)

@@ -467,7 +467,7 @@ _backward_jit = jax.jit(backward, static_argnums=(0, 1))
 
 def _block_output(step: Couple, slots: Slots, theta: Any, shared: Any, streams: Any) -> tuple[Any, tuple[Any, ...]]:
     given = step.gather(streams)
-    return step.split(slots[0](theta[0], shared, *given)) if step.block else (given[0], ())
+    return step.split(slots[0](theta[0], shared, *given), given) if step.block else (given[0], ())
 
 
 def _move(step: Bijection | Anchor, slots: Slots, theta: Any, shared: Any, streams: Streams, index: int = 0) -> Any:

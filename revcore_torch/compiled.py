@@ -264,12 +264,12 @@ def _evaluate(step: _Step, blocks: Any, own: Any, streams: Any, arguments: Argum
     if step.number is None:
         return step.step.gather(streams)[0] if isinstance(step.step, Couple) else step.step.forward(*streams)  # type: ignore[union-attr, misc]
     args, kwargs = arguments.of(step)
-    inputs = (*(step.step.gather(streams) if isinstance(step.step, Couple) else streams), *args)
+    given = step.step.gather(streams) if isinstance(step.step, Couple) else streams
     if own:
-        out = functional_call(blocks[step.number], dict(zip(step.names, own, strict=True)), inputs, kwargs)
+        out = functional_call(blocks[step.number], dict(zip(step.names, own, strict=True)), (*given, *args), kwargs)
     else:
-        out = blocks[step.number](*inputs, **kwargs)
-    return step.step.split(out)[0] if isinstance(step.step, Couple) else tuple(out)
+        out = blocks[step.number](*given, *args, **kwargs)
+    return step.step.split(out, given)[0] if isinstance(step.step, Couple) else tuple(out)
 
 
 def _merge(step: _Step, streams: Streams, f: Any) -> Streams:

@@ -36,7 +36,7 @@ class Call:
         if self.number is None:
             return gathered[0], ()
         versions = [version(t) for t in gathered]
-        f, aux = step.split(self.block(*gathered, *args, **kwargs))
+        f, aux = step.split(self.block(*gathered, *args, **kwargs), gathered)
         if [version(t) for t in gathered] != versions:
             raise SpecError(
                 f"block of step {self.index} changed its input in place, which is a stream that others still need: "

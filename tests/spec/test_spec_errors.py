@@ -165,7 +165,7 @@ def test_a_couple_refuses_a_block_that_returns_too_little() -> None:
         with pytest.raises(
             SpecError, match=f"Affine takes 2 arrays of its block's output, but the block returned {came}"
         ):
-            step.split(output)
+            step.split(output, ())
 
 
 # --- segments ---------------------------------------------------------------------------------------------------------
