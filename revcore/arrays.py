@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,21 @@ def as_type(array: Any, dtype: Any) -> Any:
     return array.astype(dtype) if hasattr(array, "astype") else array.to(dtype)
 
 
+def divided(integers: Any, by: int) -> tuple[Any, Any]:
+    """Return quotient and remainder of integers that are not negative.
+
+    >>> import numpy
+    >>> divided(numpy.array([7]), 2)
+    (array([3]), array([1]))
+    """
+    if array_namespace(integers).__name__.startswith("jax"):  # whose // has much to say of signs
+        lax = sys.modules["jax"].lax
+        quotient = lax.div(integers, lax.full_like(integers, by))
+    else:
+        quotient = integers // by
+    return quotient, integers - quotient * by
+
+
 def constant(array: Any) -> Any:
     """Return the values of ``array``, through which no derivative flows.
 
@@ -94,5 +110,18 @@ def straight(values: Any, surrogate: Callable[[], Any]) -> Any:
     near = surrogate()
     if namespace == "numpy":
         return values + 1j * near.imag if near.dtype.kind == "c" else values
-    # A difference of a number and itself is 0, and its derivative that of the first.
-    return values + (near - constant(near))
+    if namespace == "torch":
+        # a difference of a number and itself is 0, and its derivative that of the first
+        return values + (near - constant(near))
+    return _moved_by()(values, near)
+
+
+@functools.cache
+def _moved_by() -> Any:
+    """Return the JAX function of two arrays that is the first, with the derivative of the second.
+
+    No arithmetic, as in torch's case: XLA would evaluate ``near``, and with it that of the step before, and so on.
+    """
+    moved = sys.modules["jax"].custom_jvp(lambda values, _: values)
+    moved.defjvp(lambda primals, tangents: (primals[0], tangents[1]))
+    return moved

@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-from revcore.arrays import arange, array_namespace, as_type, constant, straight
+from revcore.arrays import arange, array_namespace, as_type, constant, divided, straight
 from revcore.coupling import Coupling, LinearCoupling
 from revcore.errors import SpecError
 from revcore.lattice import Lattice
@@ -112,7 +112,9 @@ class Exact(Coupling):
         return self._digit_bits + self.guard
 
     def forward(self, x: Any, f: Any) -> Any:
-        return self.advance(x, f)[0]
+        f = _widened(f, x)
+        y = self._multiply(x)[0] + self.lattice.round(self.coupling.push(f))
+        return straight(y, lambda: self.coupling.forward(x, f))
 
     def inverse(self, y: Any, f: Any) -> Any:
         if self.carry_bits:
@@ -127,11 +129,11 @@ class Exact(Coupling):
 
     def advance(self, x: Any, f: Any) -> tuple[Any, tuple[Any, ...]]:
         f, lattice = _widened(f, x), self.lattice
-        kept, digits = self._multiply(x)
+        kept, remainder = self._multiply(x)
         pushed = lattice.round(self.coupling.push(f))
         carry = []
         if self._digit_bits:
-            carry.append(_pack(digits, self._digit_bits))
+            carry.append(_pack(divided(remainder, self._ratio[1])[0], self._digit_bits))
         if self.guard:
             carry.append(_pack(lattice.to_integers(pushed) & (2**self.guard - 1), self.guard))
         if self.checksum:
@@ -152,26 +154,30 @@ class Exact(Coupling):
         return straight(x, lambda: self.coupling.inverse(y, f))
 
     def _multiply(self, x: Any) -> tuple[Any, Any]:
-        """Return ``⌊a·x⌉``, and which of the stream's values with that product it was."""
+        """Return ``⌊a·x⌉``, and the ``R`` of ``n·X + d//2 = d·P + R`` that belongs to it."""
         sign, n, d = self._ratio
         if n == d:
             return constant(x) * sign, None
-        whole = self.lattice.to_integers(x)
-        # n·X + d//2 = d·P + R. By parts, as n·X itself would leave the integers' range.
-        part = n * (whole % d) + d // 2
-        product = n * (whole // d) + part // d
-        return self.lattice.to_floats(sign * product, x.dtype), (part % d) // n
+        # By parts, as n·X itself would leave the integers' range.
+        whole, part = self._divided(self.lattice.to_integers(x), d)
+        carried, remainder = divided(n * part + d // 2, d)
+        return self.lattice.to_floats(sign * (n * whole + carried), x.dtype), remainder
 
     def _divide(self, kept: Any, digits: Any) -> Any:
         """Undo :meth:`_multiply`."""
         sign, n, d = self._ratio
         if n == d:
             return kept * sign
-        product = sign * self.lattice.to_integers(kept)
-        # R is known but for multiples of n, as X = (d·P + R − d//2) / n is whole.
-        remainder = (d // 2 - d * (product % n)) % n + (0 if digits is None else n * digits)
-        whole = d * (product // n) + (d * (product % n) + remainder - d // 2) // n
-        return self.lattice.to_floats(whole, kept.dtype)
+        whole, part = self._divided(sign * self.lattice.to_integers(kept), n)
+        # X = (d·P + R − d//2) / n is whole, so R is known but for multiples of n.
+        remainder = divided(d * (n - part) + d // 2, n)[1] + (0 if digits is None else n * digits)
+        return self.lattice.to_floats(d * whole + divided(d * part + remainder - d // 2 + n, n)[0] - 1, kept.dtype)
+
+    def _divided(self, integers: Any, by: int) -> tuple[Any, Any]:
+        """Return quotient and remainder, rounding down, of integers on the lattice."""
+        above = 2 ** (25 if integers.dtype.itemsize == 4 else 54) // by + 1  # no quotient is as large
+        quotient, remainder = divided(integers + above * by, by)
+        return quotient - above, remainder
 
     def _guarded(self, pushed: Any, last: Any) -> Any:
         """Return the point of the lattice with those last bits that is nearest to ``pushed``."""
@@ -194,17 +200,15 @@ def _pack(codes: Any, width: int) -> Any:
     codes = codes.reshape(codes.shape or (1,))
     if missing := -codes.shape[-1] % each:
         codes = xp.concatenate((codes, *[codes[..., :1] * 0] * missing), -1)
-    total = codes[..., ::each]
-    for i in range(1, each):
-        total = total + codes[..., i::each] * 2 ** (width * i)
-    return as_type(total, xp.uint8)
+    parts = codes.reshape(*codes.shape[:-1], codes.shape[-1] // each, each)
+    return as_type((parts << width * arange(0, each, codes)).sum(-1), xp.uint8)
 
 
 def _unpack(packed: Any, width: int, like: Any) -> Any:
     """Undo :func:`_pack` of codes with the shape of ``like``; integers of its size."""
     xp, each = array_namespace(packed), 8 // width
     packed = as_type(packed, xp.int32 if like.dtype.itemsize == 4 else xp.int64)
-    codes = xp.stack([(packed >> (width * i)) & (2**width - 1) for i in range(each)], -1)
+    codes = (packed[..., None] >> width * arange(0, each, packed)) & (2**width - 1)
     codes = codes.reshape(*packed.shape[:-1], packed.shape[-1] * each)
     return codes[..., : (like.shape or (1,))[-1]].reshape(like.shape)
 

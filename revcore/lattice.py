@@ -6,6 +6,7 @@ products with powers of two, and integer arithmetic.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,3 +66,24 @@ class Lattice:
     def to_floats(self, integers: Any, dtype: Any) -> Any:
         """Undo :meth:`to_integers`."""
         return as_type(integers, dtype) * 2.0**-self.bits
+
+
+def out_of_range(where: str, peak: float, limit: float, bits: int) -> str:
+    """Return what to say of a stream that left the lattice.
+
+    >>> print(out_of_range("step 3", 5000.0, 4096.0, 12))
+    step 3 took a stream out of the exact range: its largest absolute value is 5000, and with bits=12 the lattice ends \
+at 4096. Take fewer bits (bits=11 reaches 8192), hold the streams in float64, or keep the blocks' outputs smaller
+    """
+    if not peak <= 2.0**1000:  # NaN or infinity: no lattice is wide enough
+        return (
+            f"{where} gave a stream with NaN or infinity, which exact arithmetic has no place for: look for it in what "
+            "came in and in the block of that step"
+        )
+    fitting = bits - max(1, math.ceil(math.log2(peak / limit)))
+    advice = f"bits={fitting} reaches {limit * 2.0 ** (bits - fitting):g}" if fitting > 0 else "here none would do"
+    return (
+        f"{where} took a stream out of the exact range: its largest absolute value is {peak:g}, and with bits={bits} the "
+        f"lattice ends at {limit:g}. Take fewer bits ({advice}), hold the streams in float64, or keep the blocks' outputs "
+        "smaller"
+    )

@@ -26,7 +26,7 @@ from revcore.laws import InverseReport, relative_error
 from revcore.policy import Policy, Reverse, StoreAll
 from revcore.program import Program
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
-from revcore_jax import retain
+from revcore_jax import retain, watch
 from revcore_jax.boundary import bind, check_offload, check_policy, probe
 from revcore_jax.plan import (
     Anchored,
@@ -117,7 +117,9 @@ def reversible(
     theta, shared, start = vary_alike(leaves, partial(once, Chain(program.steps), slots))
     slots, shared = probe(program, slots, theta, shared, start)
     run = _run_reversed if isinstance(policy, Reverse) else _run_plainly
+    start = watch.begin(program.lattice, start)
     out, aux = run(make_plan(program.steps, policy), slots, theta, shared, start)
+    out = watch.settle(out)
     result = tuple(out[i] for i in program.output)
     return (result, list(aux)) if any(aux) else result
 
@@ -175,9 +177,13 @@ def check_inverse(
         raise SpecError("check_inverse: a traced value came, expected concrete arrays: call it outside of jax.jit")
     probe(program, slots, theta, shared, streams)
     steps = list(_unrolled(Chain(program.steps), slots, theta))
-    states = [streams]
+    states, carries = [watch.begin(program.lattice, streams)], []
     for step, slot, values in steps:
-        states.append(_forward_jit(step, slot, values, shared, states[-1], False)[0])
+        after, _, carry = _forward_jit(step, slot, values, shared, states[-1], not isinstance(step, Anchor))
+        states.append(after)
+        carries.append(carry)
+    watch.settle(states[-1])
+    states = [watch.part(state)[0] for state in states]
     local, drift, current = [], [], states[-1]
     for i in reversed(range(len(steps))):
         step, slot, values = steps[i]
@@ -186,8 +192,8 @@ def check_inverse(
             drift.append(0.0)
             current = states[i]
             continue
-        local.append(relative_error(_undo(step, slot, values, shared, states[i + 1]), states[i]))
-        current = _undo(step, slot, values, shared, current)
+        local.append(relative_error(_undo(step, slot, values, shared, states[i + 1], carries[i]), states[i]))
+        current = _undo(step, slot, values, shared, current, carries[i])
         drift.append(relative_error(current, states[i]))
     return InverseReport(tuple(type(s[0]).__name__ for s in steps), tuple(local[::-1]), tuple(drift[::-1]))
 
@@ -237,6 +243,7 @@ def _run_backward(node: Node, slots: Slots, kept: Any, cotangents: Any) -> Any:
     theta, shared, y, residual = kept
     gy, gaux = cotangents
     _, gx, gtheta, gshared = backward(node, slots, theta, shared, residual, y, gy, mask_float0(gaux))
+    gx, gtheta, gshared = watch.settle_gradients(gx, gtheta, gshared)
     return gtheta, gshared, gx
 
 
@@ -248,8 +255,9 @@ def forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams,
     match node:
         case Couple():
             f, aux = _block_output(node, slots, theta, shared, streams)
-            y = node.coupling.forward(streams[node.target], f)
-            return _replace(streams, node.target, y), (aux,) * node.block, ()
+            x = streams[node.target]
+            y, carry = node.coupling.advance(x, f) if keep else (node.coupling.forward(x, f), ())
+            return _after(_replace(streams, node.target, y), y), (aux,) * node.block, carry
         case Bijection() | Anchor():
             y, aux = _move(node, slots, theta, shared, streams)
             return y, (aux,) * node.block, ()
@@ -291,14 +299,14 @@ def forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams,
             y, aux, residual = forward(inner, slots, theta, shared, streams, True)
             return y, aux, (streams, residual)
         case Selected(inner, recompute) if keep:
-            y, (own,), _ = forward(inner, (retain.Selecting(slots[0], recompute),), theta, shared, streams, False)
+            y, (own,), carry = forward(inner, (retain.Selecting(slots[0], recompute),), theta, shared, streams, True)
             aux = (own[:-1],)
             gaux = jax.tree.map(lambda a: a if is_inexact(a) else None, aux)  # of the type that cotangents will have
 
             def again(saved: Any) -> Any:
-                return backward(Selected(inner, recompute), slots, theta, shared, saved, y, y, gaux)
+                return backward(Selected(inner, recompute), slots, theta, shared, (saved, carry), y, y, gaux)
 
-            return y, aux, retain.needed(own[-1], again)
+            return y, aux, (retain.needed(own[-1], again), carry)
         case Offloaded(inner) if keep:
             y, aux, residual = forward(inner, slots, theta, shared, streams, True)
             return y, aux, retain.on_host(residual)
@@ -320,15 +328,17 @@ def backward(
                 return _block_output(node, slots, theta, shared, dict(zip(sources, seen, strict=True)))
 
             (f, _), pull = pullback(output, theta, shared, tuple(y[s] for s in sources))
-            x = node.coupling.inverse(y[target], f)
+            x, wrong = node.coupling.restore(y[target], f, residual)
             gx, gf = _coupling_vjp(node.coupling, x, f, gy[target])
             gtheta, gshared, gseen = pull((gf, *gaux) if node.block else (gf, ()))
             gstreams = _replace(gy, target, gx)
             for s, g in zip(sources, gseen, strict=True):
                 gstreams = _replace(gstreams, s, gstreams[s] + g)
-            return _replace(y, target, x), gstreams, gtheta, gshared
+            if wrong is not None:
+                gstreams = _replace(gstreams, len(y) - 1, gstreams[-1].found(wrong, y[-1]))
+            return _before(_replace(y, target, x)), gstreams, gtheta, gshared
         case Bijection():
-            x = _undo(node, slots, theta, shared, y)
+            x = _before(_undo(node, slots, theta, shared, y))
             _, pull = pullback(partial(_move, node, slots), theta, shared, x)
             gtheta, gshared, gx = pull((gy, *gaux) if node.block else (gy, ()))
             return x, gx, gtheta, gshared
@@ -373,8 +383,9 @@ def backward(
                 total = add(total, gshared)
             return y, gy, _join(node, gtheta), total
         case Selected(inner, recompute):
-            selecting = retain.Selecting(slots[0], recompute, residual)
-            return backward(inner, (selecting,), theta, shared, (), y, gy, gaux)
+            saved, carry = residual
+            selecting = retain.Selecting(slots[0], recompute, saved)
+            return backward(inner, (selecting,), theta, shared, carry, y, gy, gaux)
         case Offloaded(inner):
             return backward(inner, slots, theta, shared, retain.on_device(residual), y, gy, gaux)
         case Stored():
@@ -389,15 +400,19 @@ def backward(
             raise AssertionError(f"{node} has no reversible backward pass")
 
 
-def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams) -> Streams:
-    """Return the node's input streams, given its output streams."""
+def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams, carry: Any = None) -> Streams:
+    """Return the node's input streams, given its output streams; ``carry`` of a single step where it is known."""
     match node:
         case Couple(target):
             f, _ = _block_output(node, slots, theta, shared, y)
-            return _replace(y, target, node.coupling.inverse(y[target], f))
+            if carry is None:
+                return _replace(y, target, node.coupling.inverse(y[target], f))
+            return _replace(y, target, node.coupling.restore(y[target], f, carry)[0])
         case Bijection():
+            y, seen = watch.part(y)
             x = slots[0].undo(theta[0], shared, *y) if node.block else node.inverse(*y)  # type: ignore[misc]
-            return check_stream_outputs(0, "Bijection's inverse", x, len(y))[0]
+            x, _ = check_stream_outputs(0, "Bijection's inverse", x, len(y))
+            return x if seen is None else (*x, seen)
         case Seq(nodes):
             for child, here in reversed(list(children(nodes))):
                 y = _undo(child, slots[here], theta[here], shared, y)
@@ -434,7 +449,7 @@ def _room(streams: Streams, n: int, every: int | None) -> Any:
     """Make room for the inputs that a loop keeps."""
     if every is None:
         return ()
-    return tuple(jnp.broadcast_to(jnp.zeros_like(s), ((n - 1) // every, *s.shape)) for s in streams)
+    return jax.tree.map(lambda s: jnp.broadcast_to(jnp.zeros_like(s), ((n - 1) // every, *s.shape)), streams)
 
 
 def _noted(anchors: Any, streams: Streams, i: Any, every: int | None) -> Any:
@@ -471,8 +486,24 @@ def _block_output(step: Couple, slots: Slots, theta: Any, shared: Any, streams: 
 
 
 def _move(step: Bijection | Anchor, slots: Slots, theta: Any, shared: Any, streams: Streams, index: int = 0) -> Any:
+    streams, seen = watch.part(streams)
     out = slots[0].move(theta[0], shared, *streams) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
-    return check_stream_outputs(index, type(step).__name__, out, len(streams))
+    after, aux = check_stream_outputs(index, type(step).__name__, out, len(streams))
+    if seen is not None:
+        made = watch.encode(seen.lattice, after, "an Anchor") if isinstance(step, Anchor) else ()
+        after = (*(made or after), seen.after(*made))
+    return after, aux
+
+
+def _after(streams: Streams, y: Any) -> Streams:
+    """Let the watch among the streams, if there is one, see what a step made."""
+    if watch.part(streams)[1] is None:
+        return streams
+    return lax.optimization_barrier(_replace(streams, len(streams) - 1, streams[-1].after(y)))
+
+
+def _before(streams: Streams) -> Streams:
+    return _replace(streams, len(streams) - 1, streams[-1].before()) if watch.part(streams)[1] else streams
 
 
 def _coupling_vjp(coupling: Coupling, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:

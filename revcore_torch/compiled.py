@@ -331,6 +331,9 @@ def _made_plan(
     parts = segments([not isinstance(step, Anchor) for step in program.unrolled], policy)
     if any(part.recompute is not None or part.offload for part in parts):
         return _Plan("policy")
+    if program.lattice is not None:
+        _compile_blocks(blocks)
+        return _Plan("exact")
     outside = _obstacle(program, blocks, streams, arguments, any(part.kind == "reverse" for part in parts))
     if outside is not None:
         _compile_blocks(blocks)
@@ -449,6 +452,7 @@ _WHY = {
     "hooks": "a block has backward hooks, or hooks that change saved tensors",
     "sharded": "a block's parameters are sharded",
     "autocast": "autocast is on for several kinds of device",
+    "exact": "an exact coupling looks at its streams' range, and a block must run twice in one and the same way",
     "policy": "recompute=, offload=True and MemoryBudget are for the tape",
     "unplanned": "a block could not be tried on fake tensors",
 }

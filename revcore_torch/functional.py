@@ -152,27 +152,34 @@ def inverse_report(
 ) -> InverseReport:
     """The functional form of :func:`revcore_torch.check_inverse`."""
     program, blocks, streams, arguments = check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
-    calls, states = make_calls(program, blocks), [streams]
-    local, drift = [], []
+    calls = make_calls(program, blocks)
+    local, drift, carries = [], [], []
     with torch.no_grad():
+        if calls and calls[0].watch is not None:
+            streams = calls[0].watch.encode(streams, "the input")
+        states = [streams]
         for call in calls:
             with _without_trace(call, states[-1]):
-                states.append(call.merge(states[-1], call.evaluate(states[-1], arguments)[0]))
+                after, carry = call.first(states[-1], call.evaluate(states[-1], arguments)[0])
+            states.append(after)
+            carries.append(carry)
         current = states[-1]
-        for call, before, after in reversed(list(zip(calls, states[:-1], states[1:], strict=True))):
+        for call, carry, before, after in reversed(list(zip(calls, carries, states[:-1], states[1:], strict=True))):
             if isinstance(call.step, Anchor):  # its input is kept, so the walk starts anew there
                 exact = current = before
             else:
-                exact, current = _undo(call, after, arguments), _undo(call, current, arguments)
+                exact, current = (_undo(call, streams, arguments, carry) for streams in (after, current))
             local.append(_error(exact, before))
             drift.append(_error(current, before))
     return InverseReport(tuple(type(c.step).__name__ for c in calls), tuple(local[::-1]), tuple(drift[::-1]))
 
 
-def _undo(call: Call, streams: tuple[Tensor, ...], arguments: Arguments) -> tuple[Tensor, ...]:
+def _undo(
+    call: Call, streams: tuple[Tensor, ...], arguments: Arguments, carry: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, ...]:
     with _without_trace(call, streams):
         f = call.evaluate(streams, arguments)[0] if isinstance(call.step, Couple) else None
-        return call.undo(streams, f, arguments)
+        return call.undo(streams, f, arguments, carry)
 
 
 @contextlib.contextmanager

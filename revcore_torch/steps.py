@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revcore.checks import check_block_output, check_coupled, check_stream_outputs
-from revcore.errors import SpecError
+from revcore.errors import InversionError, SpecError
 from revcore.program import Program
 from revcore.step import Bijection, Couple, Primitive
+from revcore_torch.watch import Watch, is_known
 
 Streams = tuple[Tensor, ...]
 
@@ -21,17 +22,18 @@ Streams = tuple[Tensor, ...]
 class Call:
     """One step of a program with the block it calls."""
 
-    __slots__ = ("block", "index", "number", "step")
+    __slots__ = ("block", "index", "number", "step", "watch")
 
-    def __init__(self, index: int, step: Primitive, block: Any, number: int | None) -> None:
-        self.index, self.step, self.block, self.number = index, step, block, number
+    def __init__(self, index: int, step: Primitive, block: Any, number: int | None, watch: Watch | None = None) -> None:
+        self.index, self.step, self.block, self.number, self.watch = index, step, block, number, watch
 
     def evaluate(self, streams: Sequence[Tensor], arguments: Arguments) -> tuple[Any, tuple[Any, ...]]:
         """Return what the block makes of the streams (``f``, or all streams anew), and its auxiliary outputs."""
         step, (args, kwargs) = self.step, arguments.of(self)
         if not isinstance(step, Couple):
             out = self.block(*streams, *args, **kwargs) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
-            return check_stream_outputs(self.index, type(step).__name__, out, len(streams))
+            after, aux = check_stream_outputs(self.index, type(step).__name__, out, len(streams))
+            return (self.watch.encode(after, f"step {self.index}") if self.watch and step.block else after), aux
         gathered = step.gather(streams)
         if self.number is None:
             return gathered[0], ()
@@ -45,8 +47,19 @@ class Call:
         check_block_output(self.number, f, streams[step.target], is_tensor, "tensor")
         return f, aux
 
+    def first(self, streams: Sequence[Tensor], f: Any) -> tuple[Streams, tuple[Tensor, ...]]:
+        """Return the streams after the step, and what the coupling needs to undo it; ``f`` is :meth:`evaluate`'s."""
+        if not isinstance(self.step, Couple):
+            return f, ()
+        target = self.step.target
+        y, carry = self.step.coupling.advance(streams[target], f)
+        check_coupled(self.index, y, streams[target])
+        if self.watch is not None:
+            self.watch.note(f"step {self.index}", y)
+        return (*streams[:target], y, *streams[target + 1 :]), carry
+
     def merge(self, streams: Sequence[Tensor], f: Any) -> Streams:
-        """Return the streams after the step, ``f`` being what :meth:`evaluate` returned."""
+        """Return the streams after the step, for the second time."""
         if not isinstance(self.step, Couple):
             return f
         target = self.step.target
@@ -54,11 +67,24 @@ class Call:
         check_coupled(self.index, y, streams[target])
         return (*streams[:target], y, *streams[target + 1 :])
 
-    def undo(self, streams: Sequence[Tensor], f: Any, arguments: Arguments) -> Streams:
-        """Return the streams before the step; ``f`` is not used where the step calls no coupling."""
+    def undo(
+        self, streams: Sequence[Tensor], f: Any, arguments: Arguments, carry: tuple[Tensor, ...] | None = None
+    ) -> Streams:
+        """Return the streams before the step; ``f`` is not used where the step calls no coupling.
+
+        ``carry`` is what :meth:`first` returned, ``None`` where nobody knows it.
+        """
         step, (args, kwargs) = self.step, arguments.of(self)
         if isinstance(step, Couple):
-            x = step.coupling.inverse(streams[step.target], f)
+            y = streams[step.target]
+            x, wrong = (step.coupling.inverse(y, f), None) if carry is None else step.coupling.restore(y, f, carry)
+            if wrong is not None and is_known(wrong) and wrong:
+                raise InversionError(
+                    f"step {self.index}: the stream that was rebuilt is not the one that was there, bit for bit, so its "
+                    "block returned something else the second time, by more than guard bits make good: write "
+                    "program.exact(guard=1) (or 2, or 4), make the block deterministic (torch.use_deterministic_"
+                    "algorithms), or use policy=Checkpoint()"
+                )
             return (*streams[: step.target], x, *streams[step.target + 1 :])
         assert isinstance(step, Bijection)
         out = self.block.inverse(*streams, *args, **kwargs) if step.block else step.inverse(*streams)  # type: ignore[misc]
@@ -125,10 +151,11 @@ def check_contents(before: tuple[list[Any], Any], now: tuple[list[Any], Any]) ->
 def make_calls(program: Program, blocks: Sequence[Any]) -> list[Call]:
     """Give each step its block, in running order."""
     numbers = iter(range(len(blocks)))
+    watch = Watch(program.lattice) if program.lattice is not None else None
     calls = []
     for index, step in enumerate(program.unrolled):
         number = next(numbers) if step.block else None
-        calls.append(Call(index, step, None if number is None else blocks[number], number))
+        calls.append(Call(index, step, None if number is None else blocks[number], number, watch))
     return calls
 
 
@@ -136,7 +163,7 @@ def run_plain(calls: Sequence[Call], streams: Streams, arguments: Arguments) -> 
     aux = []
     for call in calls:
         f, extra = call.evaluate(streams, arguments)
-        streams = call.merge(streams, f)
+        streams, _ = call.first(streams, f)
         if call.step.block:
             aux.append(extra)
     return streams, aux

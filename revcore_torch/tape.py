@@ -38,6 +38,7 @@ class Frame:
     __slots__ = (
         "buffers",
         "call",
+        "carry",
         "coupling_saved",
         "generators",
         "kept",
@@ -60,6 +61,7 @@ class Frame:
         self.random: tuple[replay.RandomState, replay.RandomState] | None = None
         self.saved: replay.Saved
         self.coupling_saved = False
+        self.carry = slice(0)  # of the tape's: what the coupling needs beside f
         self.kept: Kept | None = None
         # while the block runs for the first time: it may differentiate inside itself, and then asks for them
         self.live: replay.Live | None = None
@@ -85,10 +87,10 @@ class Pass:
     ``streams`` are those before step ``at``; in the beginning ``at`` is the number of steps.
     """
 
-    __slots__ = ("arguments", "at", "saved", "streams", "task")
+    __slots__ = ("arguments", "at", "carries", "saved", "streams", "task")
 
-    def __init__(self, task: int, at: int, streams: Streams, arguments: Arguments) -> None:
-        self.task, self.at, self.streams, self.arguments = task, at, streams, arguments
+    def __init__(self, task: int, at: int, streams: Streams, carries: tuple[Tensor, ...], arguments: Arguments) -> None:
+        self.task, self.at, self.streams, self.carries, self.arguments = task, at, streams, carries, arguments
         self.saved: dict[int, list[Any]] = {}
 
 
@@ -103,6 +105,8 @@ class Tape:
         self.kind = segment.kind
         self.recompute, self.offload = segment.recompute, segment.offload
         self.frames: list[Frame] = []
+        self.carries: list[Tensor] = []  # while recording
+        self.num_carries = 0
         self.node: weakref.ref[Any] | None = None
         # for what has no part in the node: a gradient's own graph (create_graph=True), and extra outputs in objects
         self.left: list[tuple[Tensor, int]] = []
@@ -141,7 +145,9 @@ class Tape:
                 aux.append(extra)
         if versions != [version(t) for t in tensors]:
             raise SpecError("a block changed one of its arguments in place, so it cannot run again: clone it first")
-        kept = (*(given if self.kind == "checkpoint" else streams), *tensors)
+        kept = (*(given if self.kind == "checkpoint" else streams), *self.carries, *tensors)
+        self.num_carries = len(self.carries)
+        self.carries.clear()
         outputs, spec = pytree.tree_flatten((streams, aux))
         # Invariant T2: every output that carries a gradient passes through the node that keeps them.
         through = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -169,7 +175,10 @@ class Tape:
                 frame.kept.settle(call.index)
             by_block = len(live.tensors)
             detect.warn_once(call.index, call.block, f, first_node)
-            streams = call.merge(streams, f)
+            streams, carry = call.first(streams, f)
+        if self.kind == "reverse":
+            frame.carry = slice(len(self.carries), len(self.carries) + len(carry))
+            self.carries += carry
         frame.saved = replay.Saved(live)
         frame.coupling_saved = len(live.tensors) > by_block
         frame.live = None
@@ -257,12 +266,14 @@ class Tape:
                 self.left = [(t.detach(), version(t)) for t in kept]
             elif not _keeps_graph():
                 self.left = []
-        num_streams = len(kept) - len(self.places)
+        rest = len(kept) - len(self.places)
+        num_streams = rest - self.num_carries
         leaves = list(self.constants)
-        for i, flag, tensor in zip(self.places, self.flags, kept[num_streams:], strict=True):
+        for i, flag, tensor in zip(self.places, self.flags, kept[rest:], strict=True):
             leaves[i] = tensor.detach().requires_grad_(flag)
         arguments = Arguments.unflatten(leaves, self.spec)
-        return Pass(task, len(self.frames), tuple(t.detach() for t in kept[:num_streams]), arguments)
+        streams = tuple(t.detach() for t in kept[:num_streams])
+        return Pass(task, len(self.frames), streams, tuple(kept[num_streams:rest]), arguments)
 
     def _kept(self) -> Sequence[Tensor]:
         """Return the tensors that the way back starts from."""
@@ -316,7 +327,7 @@ class Tape:
         with self._replaying(frame, collected):
             f = self._evaluate_again(frame, leaves, arguments)
             with torch.no_grad():
-                streams = call.undo(streams, _detached(f), arguments)
+                streams = call.undo(streams, _detached(f), arguments, walk.carries[frame.carry])
             if frame.coupling_saved:
                 rebuilt = frame.leaves(streams)
                 call.merge(rebuilt, f)
@@ -487,6 +498,9 @@ def run(
     plan = segments(
         [not isinstance(step, Anchor) for step in program.unrolled], policy if _can_record() else StoreAll()
     )
+    watch, given = calls[0].watch if calls else None, streams
+    if watch is not None:
+        streams = watch.encode(streams, "the input")
     if all(segment.kind == "store" for segment in plan):
         return _run_plan(plan, calls, streams, arguments, [])
     tapes: list[Tape] = []
@@ -502,7 +516,7 @@ def run(
         outside.recorded += moved
         _take_back(tapes)
         del result, tapes
-        return run(program, blocks, streams, arguments, policy)
+        return run(program, blocks, given, arguments, policy)
     for tape in tapes:
         tape.keep()
     return result
@@ -521,6 +535,8 @@ def _run_plan(
             tapes.append(Tape(segment, streams, arguments))
             streams, extra = tapes[-1].record(here, streams, arguments)
         aux += extra
+    if calls and calls[0].watch is not None:
+        streams = calls[0].watch.settle(streams)
     return streams, aux
 
 
