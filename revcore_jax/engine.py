@@ -134,7 +134,7 @@ def reversible(
     >>> x = jnp.ones((2, 4), jnp.bfloat16)
     >>> params = [jnp.eye(4, dtype=jnp.bfloat16)] * 8
     >>> reversible(program, [block] * 8, params, (x, x), stream_dtype="float32")[0].dtype
-    dtype('bfloat16')
+    dtype(bfloat16)
     """
     out, aux = wide(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs, policy, stream_dtype)
     if stream_dtype is not None:

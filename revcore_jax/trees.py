@@ -160,7 +160,7 @@ def dtype_of(given: Any) -> Any:
     except TypeError:
         dtype = None
     dtype = check_stream_dtype(given, dtype, dtype is not None and jnp.issubdtype(dtype, jnp.inexact))
-    if jnp.zeros(0, bool).astype(dtype).dtype != dtype:
+    if jnp.result_type(np.empty(0, dtype)) != dtype:
         raise SpecError(f"stream_dtype came as {given!r}, but JAX has no {dtype} now: switch it on (jax_enable_x64)")
     return dtype
 
