@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -500,7 +500,8 @@ def test_flax_modules(axis: int | None) -> None:
         y = model(x)
         assert y.dtype == x.dtype
         assert bool((y == by_hand(x, blocks)).all())
-        first, variables = cast("Any", flax_model.init_with_output(jax.random.key(0), x))
+        made: Any = flax_model.init_with_output(jax.random.key(0), x)
+        first, variables = made
         layers = [lambda x, p=variables["params"][f"layers_{i}"]: x @ p["kernel"] + p["bias"] for i in range(4)]
         z = flax_model.apply(variables, x)
         assert z.dtype == first.dtype == x.dtype
