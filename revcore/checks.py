@@ -57,6 +57,40 @@ def check_streams(
     return streams
 
 
+def check_stream_dtype(given: Any, dtype: Any, is_inexact: bool) -> Any:
+    """Return ``dtype``, which the engine made of ``given`` (``None``: it could not), or say what was expected."""
+    if dtype is None or not is_inexact:
+        raise SpecError(
+            f"stream_dtype came as {given!r}, expected a floating-point (or complex) dtype of the framework or its "
+            "name: write stream_dtype='float32', or None to hold streams as they come"
+        )
+    return dtype
+
+
+def check_input_dtypes(dtypes: Sequence[Any], wide: Any, holds: Callable[[Any, Any], bool]) -> Any:
+    """Return the one dtype of the streams that come in, to be held in ``wide``."""
+    if any(dtype != dtypes[0] for dtype in dtypes):
+        raise SpecError(
+            f"streams came in {', '.join(map(str, dtypes))}, but with stream_dtype a block gets its sources in the "
+            "dtype that came in, so it must be one: convert them first"
+        )
+    if not holds(wide, dtypes[0]):
+        raise SpecError(
+            f"streams came in {dtypes[0]}, but stream_dtype={wide} does not hold all of its values, and streams are "
+            "widened, never rounded: give a wider stream_dtype, or convert the input"
+        )
+    return dtypes[0]
+
+
+def check_held(step: str, dtype: Any, wide: Any, holds: Callable[[Any, Any], bool]) -> None:
+    """Refuse a stream that an Anchor or a Bijection made, and that ``stream_dtype`` would round."""
+    if not holds(wide, dtype):
+        raise SpecError(
+            f"{step} returned a stream of {dtype}, but stream_dtype={wide} does not hold all of its values: convert it "
+            "in the block, or give a wider stream_dtype"
+        )
+
+
 def check_blocks(program: Program, blocks: Any, expected: int, *, repeats_once: bool = False) -> tuple[Any, ...]:
     """Return ``blocks`` as a tuple of ``expected``, or say how many came."""
     try:

@@ -83,7 +83,7 @@ at 4096. Take fewer bits (bits=11 reaches 8192), hold the streams in float64, or
     fitting = bits - max(1, math.ceil(math.log2(peak / limit)))
     advice = f"bits={fitting} reaches {limit * 2.0 ** (bits - fitting):g}" if fitting > 0 else "here none would do"
     return (
-        f"{where} took a stream out of the exact range: its largest absolute value is {peak:g}, and with bits={bits} the "
-        f"lattice ends at {limit:g}. Take fewer bits ({advice}), hold the streams in float64, or keep the blocks' outputs "
-        "smaller"
+        f"{where} took a stream out of the exact range: its largest absolute value is {peak:g}, and with bits={bits} "
+        f"the lattice ends at {limit:g}. Take fewer bits ({advice}), hold the streams in float64, or keep the blocks' "
+        "outputs smaller"
     )

@@ -24,7 +24,7 @@ from revcore.program import Program
 from revcore.step import Bijection, Chain, Couple, Repeat, Step
 from revcore_jax.plan import children, flat, size, written
 from revcore_jax.retain import check_host_memory
-from revcore_jax.trees import Block, Hoisted, Traced, is_array, is_inexact, take
+from revcore_jax.trees import Block, Hoisted, Traced, is_array, is_inexact, take, widened
 
 _KIND = "JAX array"
 
@@ -64,11 +64,22 @@ def check_offload(policy: StepPolicy, program: Program) -> None:
 
 
 def bind(
-    program: Any, blocks: Any, params: Any, streams: Any, args: Any, kwargs: Any, layerwise: Any
+    program: Any,
+    blocks: Any,
+    params: Any,
+    streams: Any,
+    args: Any,
+    kwargs: Any,
+    layerwise: Any,
+    stream_dtype: Any = None,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-    """Return ``(slots, theta, shared, streams)``: what is static, and the array leaves of each slot and of all."""
+    """Return ``(slots, theta, shared, streams)``: what is static, and the array leaves of each slot and of all.
+
+    With ``stream_dtype`` the streams are held in it, and the slots narrow what their blocks see of them.
+    """
     check_program(program)
-    streams = check_streams(program, streams, is_array, is_inexact, _KIND)
+    streams = tuple(map(jnp.asarray, check_streams(program, streams, is_array, is_inexact, _KIND)))
+    streams, dtypes = widened(streams, stream_dtype)
     n = program.num_slots
     blocks = check_blocks(program, blocks, n, repeats_once=True)
     params = _one_for_each("params", "pytree", params, n)
@@ -87,11 +98,13 @@ def bind(
             )
         if not isinstance(step, Bijection) and not callable(getattr(block, "forward", block)):
             raise SpecError(f"block {i} came as {block!r}, expected a function block(params, *streams)")
-        slot, leaves = Block.bind(block, params[i], pair, (args, kwargs))
+        # what a Bijection's block rounded away, its inverse could not bring back
+        seen = (dtypes[1], dtypes[1]) if dtypes is not None and isinstance(step, Bijection) else dtypes
+        slot, leaves = Block.bind(block, params[i], pair, (args, kwargs), seen)
         slots.append(slot)
         theta.append(leaves)
     shared = tuple(leaf for leaf in jax.tree.leaves((args, kwargs)) if is_array(leaf))
-    return tuple(slots), tuple(theta), shared, tuple(map(jnp.asarray, streams))
+    return tuple(slots), tuple(theta), shared, streams
 
 
 def _one_for_each(name: str, what: str, given: Any, n: int) -> Sequence[Any]:
@@ -174,7 +187,8 @@ class _Walk:
 
         avals = tuple(map(jax.typeof, jax.tree.leaves((leaves, shared, streams))))
         key = (slot, step, avals)
-        verdict = (step, avals, jnp.zeros(0).dtype, *((slot.layer, slot.common) if slot is not None else ()))
+        own = (slot.layer, slot.common, slot.dtypes) if slot is not None else ()
+        verdict = (step, avals, jnp.zeros(0).dtype, *own)
         known = _clean_for(slot.function.value if slot is not None else step)
         if verdict in known:
             return

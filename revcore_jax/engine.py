@@ -43,7 +43,18 @@ from revcore_jax.plan import (
     make_plan,
     stores,
 )
-from revcore_jax.trees import add, fence, is_inexact, mask_float0, pullback, put, take, vary_alike, zeros
+from revcore_jax.trees import (
+    add,
+    fence,
+    is_inexact,
+    mask_float0,
+    narrowed,
+    pullback,
+    put,
+    take,
+    vary_alike,
+    zeros,
+)
 
 Streams = tuple[Any, ...]
 Slots = tuple[Any, ...]  # of Block, or Hoisted
@@ -60,6 +71,7 @@ def reversible(
     *args: Any,
     layerwise_args_kwargs: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None = None,
     policy: Policy = Reverse(),  # noqa: B008 (frozen)
+    stream_dtype: Any = None,
     **kwargs: Any,
 ) -> Any:
     """Run ``program`` so that its backward pass rebuilds each step's input from its output.
@@ -90,6 +102,11 @@ def reversible(
         policy: what the backward pass keeps, in steps; inside a ``Repeat`` rounded to whole iterations. Its
             ``recompute`` is one of ``jax.checkpoint_policies`` (under ``Reverse`` it does not look into a block's own
             ``scan``, as it does under ``Checkpoint``); ``offload`` needs a ``Repeat``.
+        stream_dtype: a dtype or its name (``"float32"``), in which streams are held between steps. Blocks get their
+            sources in the dtype that came in, which must be one for all streams and no wider; what they return is
+            coupled in ``stream_dtype``, and the result is in the dtype that came in. An ``Anchor``'s block gets and
+            returns streams as any block does; a ``Bijection``'s gets them as they are held, for what it rounded away
+            its inverse could not bring back. ``None``: streams as they come.
 
     Returns:
         The streams in ``program.output`` order; ``(streams, aux)`` if any block returned more than its output, ``aux``
@@ -97,7 +114,8 @@ def reversible(
 
     Raises:
         SpecError: wrong counts, a stream that is no floating-point array, a block that changes shape or dtype,
-            parameters not stacked, an unknown policy.
+            parameters not stacked, an unknown policy, a ``stream_dtype`` of integers, or one that would round a
+            stream.
 
     >>> import jax, jax.numpy as jnp, revcore
     >>> def block(w, x):
@@ -110,9 +128,34 @@ def reversible(
     >>> grads = jax.grad(loss)(params, jnp.ones((2, 4)))
     >>> len(grads), grads[0].shape
     (8, (4, 4))
+
+    bfloat16 blocks over float32 streams:
+
+    >>> x = jnp.ones((2, 4), jnp.bfloat16)
+    >>> params = [jnp.eye(4, dtype=jnp.bfloat16)] * 8
+    >>> reversible(program, [block] * 8, params, (x, x), stream_dtype="float32")[0].dtype
+    dtype(bfloat16)
     """
+    out, aux = wide(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs, policy, stream_dtype)
+    if stream_dtype is not None:
+        out = narrowed(out, streams[0])
+    return (out, aux) if any(aux) else out
+
+
+def wide(
+    program: Program,
+    blocks: Sequence[Any],
+    params: Sequence[Any],
+    streams: Sequence[Any],
+    args: Any,
+    kwargs: Any,
+    layerwise: Any,
+    policy: Policy,
+    stream_dtype: Any,
+) -> tuple[Streams, list[tuple[Any, ...]]]:
+    """Return what :func:`reversible` returns, its streams as they are held, and always a list of auxiliary outputs."""
     policy = check_policy(policy)
-    slots, *leaves = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
+    slots, *leaves = bind(program, blocks, params, streams, args, kwargs, layerwise, stream_dtype)
     check_offload(policy, program)
     theta, shared, start = vary_alike(leaves, partial(once, Chain(program.steps), slots))
     slots, shared = probe(program, slots, theta, shared, start)
@@ -120,8 +163,7 @@ def reversible(
     start = watch.begin(program.lattice, start)
     out, aux = run(make_plan(program.steps, policy), slots, theta, shared, start)
     out = watch.settle(out)
-    result = tuple(out[i] for i in program.output)
-    return (result, list(aux)) if any(aux) else result
+    return tuple(out[i] for i in program.output), list(aux)
 
 
 def inverse(
@@ -131,9 +173,12 @@ def inverse(
     streams: Sequence[Any],
     *args: Any,
     layerwise_args_kwargs: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None = None,
+    stream_dtype: Any = None,
     **kwargs: Any,
 ) -> Streams:
     """Return the input streams from which :func:`reversible` made ``streams``; arguments as there.
+
+    They are in the dtype of those that came.
 
     Raises:
         SpecError: as :func:`reversible`, or the program holds an ``Anchor``, which has no inverse.
@@ -144,10 +189,13 @@ def inverse(
     >>> [x.tolist() for x in inverse(program, blocks, params, y)]
     [[1.0], [1.0]]
     """
-    slots, theta, shared, streams = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
+    slots, theta, shared, held = bind(
+        program, blocks, params, streams, args, kwargs, layerwise_args_kwargs, stream_dtype
+    )
     check_has_inverse(program)
-    y = tuple(streams[program.output.index(i)] for i in range(program.num_streams))
-    return _undo(make_plan(program.steps, StoreAll()), slots, theta, shared, y)
+    y = tuple(held[program.output.index(i)] for i in range(program.num_streams))
+    x = _undo(make_plan(program.steps, StoreAll()), slots, theta, shared, y)
+    return x if stream_dtype is None else narrowed(x, streams[0])
 
 
 def check_inverse(
@@ -157,6 +205,7 @@ def check_inverse(
     streams: Sequence[Any],
     *args: Any,
     layerwise_args_kwargs: Sequence[tuple[Sequence[Any], dict[str, Any]]] | None = None,
+    stream_dtype: Any = None,
     **kwargs: Any,
 ) -> InverseReport:
     """Run ``program`` forward and back, and report how far each rebuilt input is from the true one.
@@ -172,7 +221,9 @@ def check_inverse(
     >>> report.worst < 1e-6
     True
     """
-    slots, theta, shared, streams = bind(program, blocks, params, streams, args, kwargs, layerwise_args_kwargs)
+    slots, theta, shared, streams = bind(
+        program, blocks, params, streams, args, kwargs, layerwise_args_kwargs, stream_dtype
+    )
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((theta, shared, streams))):
         raise SpecError("check_inverse: a traced value came, expected concrete arrays: call it outside of jax.jit")
     probe(program, slots, theta, shared, streams)

@@ -29,7 +29,7 @@ from revcore_jax import engine, streams
 from revcore_jax._linen_pure import Lift, bound, check_uses, fixed, parted, unbound, write_back
 from revcore_jax.boundary import bind, check_policy, couple
 from revcore_jax.plan import children, size
-from revcore_jax.trees import Key
+from revcore_jax.trees import Key, dtype_of, narrowed
 
 
 class ReversibleSequential(nn.Module):
@@ -64,6 +64,8 @@ class ReversibleSequential(nn.Module):
         num_streams: how many streams; at least 2.
         axis: the axis that is parted; ``None`` gives every stream the whole input and returns their mean.
         policy: what the backward pass keeps and rebuilds; never changes a value.
+        stream_dtype: in which streams are held between the blocks, as :func:`revcore_jax.reversible` has it:
+            ``"float32"`` under a model in bfloat16 or float16 keeps the rebuild from drifting.
         variable_axes: from collections (a name, ``True`` for all, …) to the axis of their leaves that goes over the
             iterations of a ``Repeat``.
         variable_broadcast: the collections that all iterations share, without such an axis; blocks cannot change them.
@@ -102,6 +104,7 @@ class ReversibleSequential(nn.Module):
     num_streams: int = 2
     axis: int | None = -1
     policy: Policy = Reverse()
+    stream_dtype: Any = None
     variable_axes: Mapping[Any, int] = FrozenDict({True: 0})
     variable_broadcast: Any = False
     split_rngs: Mapping[Any, bool] = FrozenDict({True: True})
@@ -120,6 +123,7 @@ class ReversibleSequential(nn.Module):
                 "ReversibleSequential([block, …])"
             )
         check_policy(self.policy)
+        dtype_of(self.stream_dtype)
         couplings = sequential.check_settings(
             self.program, self.coupling, self.coupling_forward, self.coupling_inverse, self.num_streams, jnp.asarray
         )
@@ -147,24 +151,18 @@ class ReversibleSequential(nn.Module):
         _refuse_modules((args, kwargs, layerwise_args_kwargs))
         parts = streams.split(x, how[0], program.num_streams, self.axis)
         if self.is_initializing():
-            out, aux = _plainly(program, self.layers, lift, parts, args, kwargs, layerwise_args_kwargs)
+            given = args, kwargs, layerwise_args_kwargs, self.stream_dtype
+            out, aux = _plainly(program, self.layers, lift, parts, *given)
         else:
-            blocks, given, common = parted(self.layers, program, lift, inverting=False)
-            result = engine.reversible(
-                program,
-                blocks,
-                given,
-                parts,
-                *args,
-                layerwise_args_kwargs=layerwise_args_kwargs,
-                policy=self.policy,
-                **kwargs,
-                **common,
-            )
-            out, aux = result if blocks else (result, [])  # every block returns its changed state, if only an empty one
+            blocks, params, common = parted(self.layers, program, lift, inverting=False)
+            given = args, {**kwargs, **common}, layerwise_args_kwargs, self.policy, self.stream_dtype
+            # every block returns its changed state, if only an empty one
+            out, aux = engine.wide(program, blocks, params, parts, *given)
             write_back(self.layers, program, lift, [extra[-1] for extra in aux])
             aux = [extra[:-1] for extra in aux]
         y = streams.merge(out, how[1], self.axis)
+        if self.stream_dtype is not None:
+            y = narrowed(y, x)
         return (y, aux) if any(aux) else y
 
     def inverse(
@@ -186,7 +184,15 @@ class ReversibleSequential(nn.Module):
         blocks, given, common = parted(self.layers, program, lift, inverting=True)
         parts = streams.split(y, "chunk", program.num_streams, self.axis)
         result = engine.inverse(
-            program, blocks, given, parts, *args, layerwise_args_kwargs=layerwise_args_kwargs, **kwargs, **common
+            program,
+            blocks,
+            given,
+            parts,
+            *args,
+            layerwise_args_kwargs=layerwise_args_kwargs,
+            stream_dtype=self.stream_dtype,
+            **kwargs,
+            **common,
         )
         return streams.merge(result, "concat", self.axis)
 
@@ -226,11 +232,20 @@ class _Bound:
 
 
 def _plainly(
-    program: Program, layers: Any, lift: Lift, parts: Any, args: Any, kwargs: Any, layerwise: Any
+    program: Program,
+    layers: Any,
+    lift: Lift,
+    parts: Any,
+    args: Any,
+    kwargs: Any,
+    layerwise: Any,
+    stream_dtype: Any,
 ) -> tuple[Any, list[Any]]:
     """Run the layers as ordinary Linen does."""
     blocks = [_Bound(layer) for layer in layers]
-    slots, theta, shared, start = bind(program, blocks, [None] * len(blocks), parts, args, kwargs, layerwise)
+    slots, theta, shared, start = bind(
+        program, blocks, [None] * len(blocks), parts, args, kwargs, layerwise, stream_dtype
+    )
 
     def run(step: Step, place: int, index: int, slots: Any, theta: Any, current: Any) -> tuple[Any, list[Any]]:
         match step:

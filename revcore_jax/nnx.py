@@ -24,6 +24,7 @@ from revcore.program import Program
 from revcore_jax import engine, streams
 from revcore_jax._nnx_pure import parted, write_back
 from revcore_jax.boundary import check_policy
+from revcore_jax.trees import dtype_of, narrowed
 from revcore_jax.trees import stack as stack_trees
 from revcore_jax.trees import unstack as unstack_trees
 
@@ -55,6 +56,8 @@ class ReversibleSequential(nnx.Module):
         num_streams: how many streams; at least 2.
         axis: the axis that is parted; ``None`` gives every stream the whole input and returns their mean.
         policy: what the backward pass keeps and rebuilds; never changes a value. May be set later.
+        stream_dtype: in which streams are held between the blocks, as :func:`revcore_jax.reversible` has it:
+            ``"float32"`` under a model in bfloat16 or float16 keeps the rebuild from drifting. May be set later.
         rngs: random numbers for calls that bring none; forked, as ``nnx.Dropout`` does it.
 
     Raises:
@@ -90,6 +93,7 @@ class ReversibleSequential(nnx.Module):
         num_streams: int = 2,
         axis: int | None = -1,
         policy: Policy = Reverse(),  # noqa: B008 (frozen)
+        stream_dtype: Any = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> None:
         for i, block in enumerate(blocks):
@@ -106,6 +110,7 @@ class ReversibleSequential(nnx.Module):
         self.num_streams = num_streams if program is None else program.num_streams
         self.axis = axis
         self.policy = check_policy(policy)
+        self.stream_dtype = dtype_of(stream_dtype)
         self.layers = nnx.List(blocks)
         self.rngs = nnx.data(None) if rngs is None else rngs.fork()
 
@@ -134,21 +139,16 @@ class ReversibleSequential(nnx.Module):
         _refuse_modules((args, kwargs, layerwise_args_kwargs))
         program, rngs = self.program, _check_rngs(self.rngs if rngs is None else rngs)
         parts = streams.split(x, self._how[0], self.num_streams, self.axis)
-        given = args, kwargs, layerwise_args_kwargs
+        given = args, kwargs, layerwise_args_kwargs, self.stream_dtype
         blocks, params, drawn = parted(program, self.layers, rngs, parts, given, inverting=False)
-        result = engine.reversible(
-            program,
-            blocks,
-            params,
-            parts,
-            *args,
-            layerwise_args_kwargs=layerwise_args_kwargs,
-            policy=self.policy,
-            **kwargs,
+        # every block returns its changed state, if only an empty one
+        out, aux = engine.wide(
+            program, blocks, params, parts, args, kwargs, layerwise_args_kwargs, self.policy, self.stream_dtype
         )
-        out, aux = result if blocks else (result, [])  # every block returns its changed state, if only an empty one
         write_back(self.layers, rngs, [extra[-1] for extra in aux], drawn)
         y, aux = streams.merge(out, self._how[1], self.axis), [extra[:-1] for extra in aux]
+        if self.stream_dtype is not None:
+            y = narrowed(y, x)
         return (y, aux) if any(aux) else y
 
     def inverse(
@@ -164,10 +164,17 @@ class ReversibleSequential(nnx.Module):
         _refuse_modules((args, kwargs, layerwise_args_kwargs))
         program, rngs = self.program, _check_rngs(self.rngs if rngs is None else rngs)
         parts = streams.split(y, "chunk", self.num_streams, self.axis)
-        given = args, kwargs, layerwise_args_kwargs
+        given = args, kwargs, layerwise_args_kwargs, self.stream_dtype
         blocks, params, _ = parted(program, self.layers, rngs, parts, given, inverting=True)
         result = engine.inverse(
-            program, blocks, params, parts, *args, layerwise_args_kwargs=layerwise_args_kwargs, **kwargs
+            program,
+            blocks,
+            params,
+            parts,
+            *args,
+            layerwise_args_kwargs=layerwise_args_kwargs,
+            stream_dtype=self.stream_dtype,
+            **kwargs,
         )
         return streams.merge(result, "concat", self.axis)
 

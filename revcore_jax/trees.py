@@ -12,6 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from revcore.checks import check_held, check_input_dtypes, check_stream_dtype
 from revcore.errors import SpecError
 
 try:
@@ -94,35 +95,95 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Block:
-    """A block with the static parts of its arguments; called with its array leaves, the shared ones, and streams."""
+    """A block with the static parts of its arguments; called with its array leaves, the shared ones, and streams.
+
+    With ``dtypes`` it sees streams in the first of them, and those that it makes anew are held in the second.
+    """
 
     function: Key
     layer: Recipe
     common: Recipe
+    dtypes: tuple[Any, Any] | None = None
 
     @staticmethod
-    def bind(function: Any, params: Any, layerwise: Any, common: Any) -> tuple[Block, tuple[Any, ...]]:
+    def bind(
+        function: Any, params: Any, layerwise: Any, common: Any, dtypes: tuple[Any, Any] | None = None
+    ) -> tuple[Block, tuple[Any, ...]]:
         """Return the block and its array leaves."""
         layer, leaves = Recipe.of((params, (tuple(layerwise[0]), layerwise[1])))
-        return Block(Key(function), layer, Recipe.of(common)[0]), leaves
+        return Block(Key(function), layer, Recipe.of(common)[0], dtypes), leaves
 
     def __call__(self, leaves: Any, shared: Any, *streams: Any) -> Any:
         return self._run(self.function.value, leaves, shared, streams)
 
     def move(self, leaves: Any, shared: Any, *streams: Any) -> Any:
         """The block of a Bijection or Anchor: its ``forward`` if it has one."""
-        return self._run(getattr(self.function.value, "forward", self.function.value), leaves, shared, streams)
+        function = getattr(self.function.value, "forward", self.function.value)
+        return self._held(self._run(function, leaves, shared, streams), len(streams))
 
     def undo(self, leaves: Any, shared: Any, *streams: Any) -> Any:
-        return self._run(self.function.value.inverse, leaves, shared, streams)
+        return self._held(self._run(self.function.value.inverse, leaves, shared, streams), len(streams))
+
+    def _held(self, out: Any, num_streams: int) -> Any:
+        if self.dtypes is None or not isinstance(out, (tuple, list)):
+            return out
+        wide = self.dtypes[1]
+
+        def held(stream: Any) -> Any:
+            if not is_array(stream) or not is_inexact(stream):
+                return stream  # whoever knows which step it is says what is wrong
+            check_held("the block of an Anchor or Bijection", stream.dtype, wide, _holds)
+            return stream.astype(wide)
+
+        return (*map(held, out[:num_streams]), *out[num_streams:])
 
     def _run(self, function: Callable[..., Any], leaves: Any, shared: Any, streams: Any) -> Any:
         params, (more, named) = self.layer.build(leaves)
         args, kwargs = self.common.build(shared)
+        if self.dtypes is not None:
+            streams = [s.astype(self.dtypes[0]) for s in streams]
         out = function(params, *streams, *args, *more, **kwargs, **named)
         if jax.tree_util.all_leaves([out]) and not is_value(out):
             return out  # in a stream's place: whoever knows which block it is says what is wrong
         return jax.tree.map(as_array, out)
+
+
+# --- streams held in another dtype than the input's -------------------------------------------------------------------
+
+
+def dtype_of(given: Any) -> Any:
+    """Return the dtype that ``stream_dtype`` names."""
+    if given is None:
+        return None
+    try:
+        dtype = jnp.dtype(given)
+    except TypeError:
+        dtype = None
+    dtype = check_stream_dtype(given, dtype, dtype is not None and jnp.issubdtype(dtype, jnp.inexact))
+    if jnp.result_type(np.empty(0, dtype)) != dtype:
+        raise SpecError(f"stream_dtype came as {given!r}, but JAX has no {dtype} now: switch it on (jax_enable_x64)")
+    return dtype
+
+
+def widened(streams: Sequence[Any], stream_dtype: Any) -> tuple[tuple[Any, ...], tuple[Any, Any] | None]:
+    """Return the streams as they are held, and both dtypes, if ``stream_dtype`` is given."""
+    wide = dtype_of(stream_dtype)
+    if wide is None or not streams:
+        return tuple(streams), None
+    narrow = check_input_dtypes([s.dtype for s in streams], wide, _holds)
+    return tuple(s.astype(wide) for s in streams), (narrow, wide)
+
+
+def narrowed(result: Any, like: Any) -> Any:
+    """Return streams, or what was made of them, in the dtype that came in: that of ``like``, as JAX has it."""
+    return jax.tree.map(lambda s: s.astype(jnp.result_type(like)), result)
+
+
+def _holds(wide: Any, narrow: Any) -> bool:
+    if jnp.issubdtype(wide, jnp.complexfloating) != jnp.issubdtype(narrow, jnp.complexfloating):
+        return False
+    there, here = jnp.finfo(wide), jnp.finfo(narrow)
+    return bool(there.eps <= here.eps and there.max >= here.max)
 
 
 # --- device-varying types ---------------------------------------------------------------------------------------------

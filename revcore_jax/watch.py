@@ -1,7 +1,7 @@
-"""The range of an exact program's streams, and what its backward pass finds wrong: looked at on the way, told at the end.
+"""The range of an exact program's streams, and what its backward pass finds wrong.
 
-A :class:`Watch` travels with the streams as one more of them (J6). So whatever keeps, scans over or hands back streams
-does so with it, and its cotangent carries what the way back finds.
+Both are looked at on the way and told at the end. A :class:`Watch` travels with the streams as one more of them (J6).
+So whatever keeps, scans over or hands back streams does so with it, and its cotangent carries what the way back finds.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
@@ -136,6 +137,6 @@ def _say_wrong(at: Any, _: Any) -> None:
     if at > 0:
         raise InversionError(
             f"step {int(at) - 2}: the stream that was rebuilt is not the one that was there, bit for bit, so its block "
-            "returned something else the second time (XLA may compile its two runs in two ways), by more than guard bits "
-            "make good: write program.exact(guard=1) (or 2, or 4), or use policy=Checkpoint()"
+            "returned something else the second time (XLA may compile its two runs in two ways), by more than guard "
+            "bits make good: write program.exact(guard=1) (or 2, or 4), or use policy=Checkpoint()"
         )

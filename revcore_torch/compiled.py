@@ -28,11 +28,11 @@ from torch.utils.checkpoint import checkpoint
 from revcore.errors import SpecError
 from revcore.policy import MemoryBudget, Policy, Segment, StoreAll, check_policy, segments
 from revcore.program import Program
-from revcore.step import Anchor, Couple, Primitive
+from revcore.step import Anchor, Bijection, Couple, Primitive
 from revcore_torch import fakes, replay
 from revcore_torch.detect import nodes_of
-from revcore_torch.functional import as_is, check, eager
-from revcore_torch.steps import Arguments, Streams, make_calls
+from revcore_torch.functional import as_is, check, wide
+from revcore_torch.steps import Arguments, Streams, make_calls, narrowed, widened
 
 
 def _flatten(tree: Any, leaves: list[Any]) -> str:
@@ -119,11 +119,13 @@ def joined(
     policy: Policy,
     split: Callable[[Any], Any],
     join: Callable[[Any], Any],
+    stream_dtype: Any,
 ) -> Any:
     """What :func:`revcore_torch.functional.joined` is to dynamo."""
-    streams = tuple(split(given))
+    parts = tuple(split(given))
+    streams, dtypes = widened(parts, stream_dtype)
     leaves: list[Any] = []
-    spec = _flatten((args, kwargs, layerwise), leaves)
+    spec = _flatten((args, kwargs, layerwise, dtypes), leaves)
     recording = torch.is_grad_enabled() and not torch.compiler.is_exporting()
     # the plan is made of values alone; dynamo would ask for the gradient of what has one
     tensors = [t.detach() if isinstance(t, Tensor) else t for t in [*streams, *leaves]]
@@ -133,9 +135,10 @@ def joined(
     counts = (len(policies) if by_step else 0, len(blocks), len(streams))
     plan = _plans[_plan(owner, spec, flags, *counts, recording, *policies, *blocks, *tensors)]
     if plan.outside is not None:
-        result = _OUTSIDE[plan.outside](owner, blocks, streams, args, kwargs, layerwise, policy)
-        return (join(result[0]), result[1]) if isinstance(result[0], tuple) else join(result)
-    arguments = Arguments(args, kwargs, layerwise)
+        streams, aux = _OUTSIDE[plan.outside](owner, blocks, parts, args, kwargs, layerwise, policy, stream_dtype)
+        result = narrowed(join(streams), dtypes)
+        return (result, aux) if any(aux) else result
+    arguments = Arguments(args, kwargs, layerwise, dtypes)
     for segment in plan.segments:
         steps = plan.steps[segment.start : segment.stop]
         if segment.kind == "store":
@@ -144,7 +147,7 @@ def joined(
             streams = checkpoint(_forward, steps, blocks, streams, arguments, use_reentrant=False)
         else:
             streams = _reverse(steps, blocks, plan.autocast, streams, leaves, spec)
-    return join(tuple(streams[i] for i in plan.output))
+    return narrowed(join(tuple(streams[i] for i in plan.output)), dtypes)
 
 
 # --- what is traced ---------------------------------------------------------------------------------------------------
@@ -262,14 +265,17 @@ def _forward(steps: Any, blocks: Any, streams: Streams, arguments: Arguments) ->
 def _evaluate(step: _Step, blocks: Any, own: Any, streams: Any, arguments: Arguments) -> Any:
     """Return ``f``, or all streams anew, with the parameters ``own`` in place of the block's own."""
     if step.number is None:
-        return step.step.gather(streams)[0] if isinstance(step.step, Couple) else step.step.forward(*streams)  # type: ignore[union-attr, misc]
+        if isinstance(step.step, Couple):
+            return step.step.gather(streams)[0]
+        return arguments.held(step.step.forward(*streams), "a Bijection")  # type: ignore[union-attr, misc]
     args, kwargs = arguments.of(step)
     given = step.step.gather(streams) if isinstance(step.step, Couple) else streams
+    seen = given if isinstance(step.step, Bijection) else arguments.seen(given)
     if own:
-        out = functional_call(blocks[step.number], dict(zip(step.names, own, strict=True)), (*given, *args), kwargs)
+        out = functional_call(blocks[step.number], dict(zip(step.names, own, strict=True)), (*seen, *args), kwargs)
     else:
-        out = blocks[step.number](*given, *args, **kwargs)
-    return step.step.split(out, given)[0] if isinstance(step.step, Couple) else tuple(out)
+        out = blocks[step.number](*seen, *args, **kwargs)
+    return step.step.split(out, given)[0] if isinstance(step.step, Couple) else arguments.held(out, "a block")
 
 
 def _merge(step: _Step, streams: Streams, f: Any) -> Streams:
@@ -281,9 +287,9 @@ def _merge(step: _Step, streams: Streams, f: Any) -> Streams:
 
 def _undo(step: _Step, blocks: Any, streams: Streams, arguments: Arguments) -> Streams:
     if step.number is None:
-        return tuple(step.step.inverse(*streams))  # type: ignore[union-attr, misc]
+        return arguments.held(step.step.inverse(*streams), "a Bijection")  # type: ignore[union-attr, misc]
     args, kwargs = arguments.of(step)
-    return tuple(blocks[step.number].inverse(*streams, *args, **kwargs))
+    return arguments.held(blocks[step.number].inverse(*streams, *args, **kwargs), "a Bijection")
 
 
 # --- what is found out before -----------------------------------------------------------------------------------------
@@ -310,10 +316,11 @@ def _place_of_plan(
         for v, flag in zip(values, flags, strict=True)
     ]
     streams, leaves = values[:num_streams], values[num_streams:]
-    args, kwargs, layerwise = _unflatten(leaves, spec)
+    args, kwargs, layerwise, dtypes = _unflatten(leaves, spec)
     program, blocks, streams, arguments = check(
         getattr(owner, "program", owner), blocks, streams, args, kwargs, layerwise
     )
+    arguments.dtypes = dtypes
     plan = _made_plan(program, blocks, streams, arguments, check_policy(policy) if recording else StoreAll())
     if plan not in _plans:
         _plans.append(plan)
@@ -389,7 +396,7 @@ def _obstacle(
             tried, streams, args, kwargs, layerwise = copies.copy(
                 (blocks, streams, arguments.args, arguments.kwargs, arguments.layerwise)
             )
-            return _try(program, tried, tuple(streams), Arguments(args, kwargs, layerwise), reversing)
+            return _try(program, tried, tuple(streams), Arguments(args, kwargs, layerwise, arguments.dtypes), reversing)
     except SpecError as error:
         if "fake" not in str(error):
             raise
@@ -437,10 +444,17 @@ def _compile_blocks(blocks: Sequence[Any]) -> None:
 
 
 def _run_outside(
-    owner: Any, blocks: Sequence[Any], streams: Streams, args: Any, kwargs: Any, layerwise: Any, policy: Policy
+    owner: Any,
+    blocks: Sequence[Any],
+    streams: Streams,
+    args: Any,
+    kwargs: Any,
+    layerwise: Any,
+    policy: Policy,
+    stream_dtype: Any,
 ) -> Any:
     blocks = [_compiled.get(b, b) if isinstance(b, nn.Module) else b for b in blocks]
-    return eager(owner, blocks, streams, args, kwargs, layerwise, policy, as_is, as_is)
+    return wide(owner, blocks, streams, args, kwargs, layerwise, policy, as_is, as_is, stream_dtype)[:2]
 
 
 # Why a network is run outside of the graph; dynamo shows it where fullgraph=True was asked for.

@@ -16,7 +16,7 @@ from revcore.policy import MemoryBudget, Policy, Reverse, StoreAll, check_policy
 from revcore.program import Program
 from revcore.step import Anchor, Couple
 from revcore_torch import budget, replay
-from revcore_torch.steps import Arguments, Call, is_tensor, make_calls
+from revcore_torch.steps import Arguments, Call, Dtypes, is_tensor, make_calls, narrowed, widened
 from revcore_torch.tape import _can_record, run
 
 Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
@@ -29,6 +29,7 @@ def reversible(
     *args: Any,
     layerwise_args_kwargs: Layerwise = None,
     policy: Policy = Reverse(),  # noqa: B008 - frozen
+    stream_dtype: torch.dtype | str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Run ``program`` on ``streams``; the backward pass rebuilds what ``policy`` did not keep.
@@ -42,6 +43,11 @@ def reversible(
         streams: ``program.num_streams`` tensors of a floating-point or complex dtype, of one shape.
         layerwise_args_kwargs: one ``(args, kwargs)`` pair for each block, added to the common ones.
         policy: what the backward pass keeps and rebuilds; never changes a value.
+        stream_dtype: a dtype or its name (``"float32"``), in which streams are held between steps. Blocks get their
+            sources in the dtype that came in, which must be one for all streams and no wider; what they return is
+            coupled in ``stream_dtype``, and the result is in the dtype that came in. An ``Anchor``'s block gets and
+            returns streams as any block does; a ``Bijection``'s gets them as they are held, for what it rounded away
+            its inverse could not bring back. ``None``: streams as they come.
 
     Returns:
         The streams as a tuple in ``program.output`` order; ``(streams, aux)`` if any block returned more than its
@@ -49,7 +55,8 @@ def reversible(
 
     Raises:
         SpecError: wrong number of blocks or streams, streams of integers or of different shapes, an unknown policy, a
-            block that changes shape or dtype or writes into its input.
+            block that changes shape or dtype or writes into its input, a ``stream_dtype`` of integers, or one that
+            would round a stream.
         InversionError: (in the backward pass) a block did not do the second time what it did the first.
 
     Under ``torch.no_grad``, ``torch.func`` and ``torch.export`` nothing is rebuilt, and the result is the same.
@@ -60,8 +67,14 @@ def reversible(
     >>> (y0 + y1).sum().backward()
     >>> torch.allclose(x.grad, 2 + torch.cos(x) - torch.sin(x + torch.sin(x)) * (1 + torch.cos(x)))
     True
+
+    bfloat16 blocks over float32 streams:
+
+    >>> x = torch.ones(2, 3, dtype=torch.bfloat16)
+    >>> reversible(revcore.revnet(2), [torch.sin, torch.cos], (x, x), stream_dtype="float32")[0].dtype
+    torch.bfloat16
     """
-    return joined(program, blocks, streams, args, kwargs, layerwise_args_kwargs, policy, as_is, as_is)
+    return joined(program, blocks, streams, args, kwargs, layerwise_args_kwargs, policy, as_is, as_is, stream_dtype)
 
 
 def joined(*call: Any) -> Any:
@@ -89,21 +102,40 @@ def eager(
     policy: Policy,
     split: Callable[[Any], Any],
     join: Callable[[Any], Any],
+    stream_dtype: Any,
 ) -> Any:
     """:func:`reversible` on the streams that ``split`` makes of ``given``; ``join`` makes one output of the last.
 
     ``owner`` is a program, or what has one.
     """
+    result, aux, dtypes = wide(owner, blocks, given, args, kwargs, layerwise, policy, split, join, stream_dtype)
+    result = narrowed(result, dtypes)
+    return (result, aux) if any(aux) else result
+
+
+def wide(
+    owner: Any,
+    blocks: Sequence[Any],
+    given: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    layerwise: Layerwise,
+    policy: Policy,
+    split: Callable[[Any], Any],
+    join: Callable[[Any], Any],
+    stream_dtype: Any,
+) -> tuple[Any, list[tuple[Any, ...]], Dtypes | None]:
+    """Return the output as its streams are held, auxiliary outputs, and the dtypes to narrow it by."""
     program, blocks, streams, arguments = check(
-        getattr(owner, "program", owner), blocks, split(given), args, kwargs, layerwise
+        getattr(owner, "program", owner), blocks, split(given), args, kwargs, layerwise, stream_dtype
     )
     policy = check_policy(policy)
     if isinstance(policy, MemoryBudget):
         recorded = _can_record()
-        policy = budget.choose(policy, program, blocks, given, arguments, split, join) if recorded else StoreAll()
+        ways = lambda x: widened(split(x), stream_dtype)[0], lambda y: narrowed(join(y), arguments.dtypes)
+        policy = budget.choose(policy, program, blocks, given, arguments, *ways) if recorded else StoreAll()
     streams, aux = run(program, blocks, streams, arguments, policy)
-    result = join(tuple(streams[i] for i in program.output))
-    return (result, aux) if any(aux) else result
+    return join(tuple(streams[i] for i in program.output)), aux, arguments.dtypes
 
 
 def inverse(
@@ -112,6 +144,7 @@ def inverse(
     streams: Sequence[Tensor],
     *args: Any,
     layerwise_args_kwargs: Layerwise = None,
+    stream_dtype: torch.dtype | str | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, ...]:
     """Return the input streams from which :func:`reversible` made ``streams``.
@@ -123,6 +156,7 @@ def inverse(
         blocks: the blocks it was run with.
         streams: the output streams, in ``program.output`` order.
         *args: what the blocks got, as did ``**kwargs`` and ``layerwise_args_kwargs``.
+        stream_dtype: what it was run with; the streams that come back are in the dtype of those that came.
 
     Raises:
         SpecError: as :func:`reversible`, or ``program`` holds an :class:`revcore.Anchor`, which has no inverse.
@@ -134,12 +168,14 @@ def inverse(
     >>> torch.allclose(inverse(revcore.revnet(3), [torch.sin] * 3, y)[0], x[0])
     True
     """
-    program, blocks, streams, arguments = check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
+    program, blocks, streams, arguments = check(
+        program, blocks, streams, args, kwargs, layerwise_args_kwargs, stream_dtype
+    )
     check_has_inverse(program)
     current = tuple(streams[program.output.index(i)] for i in range(program.num_streams))
     for call in reversed(make_calls(program, blocks)):
         current = _undo(call, current, arguments)
-    return current
+    return narrowed(current, arguments.dtypes)
 
 
 def inverse_report(
@@ -148,10 +184,13 @@ def inverse_report(
     streams: Sequence[Tensor],
     *args: Any,
     layerwise_args_kwargs: Layerwise = None,
+    stream_dtype: torch.dtype | str | None = None,
     **kwargs: Any,
 ) -> InverseReport:
     """The functional form of :func:`revcore_torch.check_inverse`."""
-    program, blocks, streams, arguments = check(program, blocks, streams, args, kwargs, layerwise_args_kwargs)
+    program, blocks, streams, arguments = check(
+        program, blocks, streams, args, kwargs, layerwise_args_kwargs, stream_dtype
+    )
     calls = make_calls(program, blocks)
     local, drift, carries = [], [], []
     with torch.no_grad():
@@ -205,7 +244,13 @@ def _error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def check(
-    program: Any, blocks: Any, streams: Any, args: tuple[Any, ...], kwargs: dict[str, Any], layerwise: Any
+    program: Any,
+    blocks: Any,
+    streams: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    layerwise: Any,
+    stream_dtype: Any = None,
 ) -> tuple[Program, tuple[Any, ...], tuple[Tensor, ...], Arguments]:
     program = check_program(program)
     blocks = check_blocks(program, blocks, program.num_blocks)
@@ -220,7 +265,8 @@ def check(
                 f"layerwise_args_kwargs came with {len(layerwise)} entries, expected one (args, kwargs) pair for each "
                 f"of the {len(blocks)} blocks: write [((), {{'mask': m}}) for m in masks]"
             )
-    return program, blocks, streams, Arguments(args, kwargs, layerwise)
+    streams, dtypes = widened(streams, stream_dtype)
+    return program, blocks, streams, Arguments(args, kwargs, layerwise, dtypes)
 
 
 def _is_pair(pair: Any) -> bool:

@@ -18,6 +18,7 @@ from revcore.laws import InverseReport
 from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program
 from revcore_torch.functional import Layerwise, inverse, inverse_report, joined
+from revcore_torch.steps import dtype_of
 
 CouplingFunction = Callable[[Any, Any], Any]
 
@@ -42,6 +43,8 @@ class ReversibleSequential(nn.Sequential):
         program: any :class:`revcore.Program`, instead of ``coupling`` and ``num_streams``; its ``split`` and ``merge``
             say how streams are made.
         policy: what the backward pass keeps and rebuilds; never changes a value. ``model.policy`` may be set later.
+        stream_dtype: in which streams are held between the blocks, as :func:`reversible` has it: ``"float32"`` under a
+            model in bfloat16 or float16 keeps the rebuild from drifting. ``model.stream_dtype`` may be set later.
 
     Raises:
         SpecError: arguments that contradict each other, a coupling without a true inverse; on a call, an input that
@@ -64,6 +67,7 @@ class ReversibleSequential(nn.Sequential):
         num_streams: int = 2,
         program: Program | None = None,
         policy: Policy = Reverse(),  # noqa: B008 - frozen
+        stream_dtype: torch.dtype | str | None = None,
     ) -> None:
         super().__init__(*modules)
         self._couplings = sequential.check_settings(
@@ -76,6 +80,16 @@ class ReversibleSequential(nn.Sequential):
         self.num_streams = num_streams if program is None else program.num_streams
         self.split_dim = split_dim
         self.policy = policy
+        self.stream_dtype = stream_dtype
+
+    @property
+    def stream_dtype(self) -> torch.dtype | None:
+        """In which streams are held; ``None``: as they come."""
+        return self._stream_dtype
+
+    @stream_dtype.setter
+    def stream_dtype(self, stream_dtype: torch.dtype | str | None) -> None:
+        self._stream_dtype = dtype_of(stream_dtype)
 
     @property
     def policy(self) -> Policy:
@@ -104,6 +118,7 @@ class ReversibleSequential(nn.Sequential):
             coupling=self._couplings or None,
             num_streams=self.num_streams,
             policy=self.policy,
+            stream_dtype=self.stream_dtype,
         )
         return part.train(self.training)
 
@@ -123,6 +138,7 @@ class ReversibleSequential(nn.Sequential):
             self.policy,
             self.split,
             self.merge,
+            self.stream_dtype,
         )
 
     def inverse(self, output: Tensor, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Tensor:
@@ -139,6 +155,7 @@ class ReversibleSequential(nn.Sequential):
             self.split(output),
             *args,
             layerwise_args_kwargs=layerwise_args_kwargs,
+            stream_dtype=self.stream_dtype,
             **kwargs,
         )
         return self.merge(streams)
@@ -168,7 +185,8 @@ class ReversibleSequential(nn.Sequential):
         return total / len(streams) if how == "mean" else total
 
     def extra_repr(self) -> str:
-        return f"split_dim={self.split_dim}, num_streams={self.num_streams}, policy={self.policy}"
+        held = f", stream_dtype={self.stream_dtype}" if self.stream_dtype is not None else ""
+        return f"split_dim={self.split_dim}, num_streams={self.num_streams}, policy={self.policy}{held}"
 
 
 def check_inverse(
@@ -196,5 +214,6 @@ def check_inverse(
         module.split(input),
         *args,
         layerwise_args_kwargs=layerwise_args_kwargs,
+        stream_dtype=module.stream_dtype,
         **kwargs,
     )

@@ -10,13 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from revcore.checks import check_block_output, check_coupled, check_stream_outputs
+from revcore.checks import (
+    check_block_output,
+    check_coupled,
+    check_held,
+    check_input_dtypes,
+    check_stream_dtype,
+    check_stream_outputs,
+)
 from revcore.errors import InversionError, SpecError
 from revcore.program import Program
-from revcore.step import Bijection, Couple, Primitive
+from revcore.step import Anchor, Bijection, Couple, Primitive
 from revcore_torch.watch import Watch, is_known
 
 Streams = tuple[Tensor, ...]
+Dtypes = tuple[torch.dtype, torch.dtype]  # of the streams that came in, and of those that are held
 
 
 class Call:
@@ -31,15 +39,18 @@ class Call:
         """Return what the block makes of the streams (``f``, or all streams anew), and its auxiliary outputs."""
         step, (args, kwargs) = self.step, arguments.of(self)
         if not isinstance(step, Couple):
-            out = self.block(*streams, *args, **kwargs) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
+            given = arguments.seen(streams) if isinstance(step, Anchor) else streams
+            out = self.block(*given, *args, **kwargs) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
             after, aux = check_stream_outputs(self.index, type(step).__name__, out, len(streams))
+            after = arguments.held(after, f"step {self.index} ({type(step).__name__})")
             return (self.watch.encode(after, f"step {self.index}") if self.watch and step.block else after), aux
         gathered = step.gather(streams)
         if self.number is None:
             return gathered[0], ()
-        versions = [version(t) for t in gathered]
-        f, aux = step.split(self.block(*gathered, *args, **kwargs), gathered)
-        if [version(t) for t in gathered] != versions:
+        given = arguments.seen(gathered)
+        versions = [version(t) for t in given]
+        f, aux = step.split(self.block(*given, *args, **kwargs), gathered)
+        if [version(t) for t in given] != versions:
             raise SpecError(
                 f"block of step {self.index} changed its input in place, which is a stream that others still need: "
                 "use the form that is not in place (nn.ReLU() for nn.ReLU(inplace=True)), or clone the input first"
@@ -80,27 +91,33 @@ class Call:
             x, wrong = (step.coupling.inverse(y, f), None) if carry is None else step.coupling.restore(y, f, carry)
             if wrong is not None and is_known(wrong) and wrong:
                 raise InversionError(
-                    f"step {self.index}: the stream that was rebuilt is not the one that was there, bit for bit, so its "
-                    "block returned something else the second time, by more than guard bits make good: write "
+                    f"step {self.index}: the stream that was rebuilt is not the one that was there, bit for bit, so "
+                    "its block returned something else the second time, by more than guard bits make good: write "
                     "program.exact(guard=1) (or 2, or 4), make the block deterministic (torch.use_deterministic_"
                     "algorithms), or use policy=Checkpoint()"
                 )
             return (*streams[: step.target], x, *streams[step.target + 1 :])
         assert isinstance(step, Bijection)
         out = self.block.inverse(*streams, *args, **kwargs) if step.block else step.inverse(*streams)  # type: ignore[misc]
-        return check_stream_outputs(self.index, "Bijection.inverse", out, len(streams))[0]
+        before, _ = check_stream_outputs(self.index, "Bijection.inverse", out, len(streams))
+        return arguments.held(before, f"step {self.index} (Bijection.inverse)")
 
 
 class Arguments:
-    """What blocks get after their sources: some common to all, some for one block each."""
+    """What blocks get after their sources: some common to all, some for one block each.
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layerwise: Sequence[Any] | None) -> None:
-        self.args, self.kwargs, self.layerwise = args, kwargs, layerwise
+    With ``dtypes`` streams are held in the second of them, and blocks get them in the first.
+    """
+
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], layerwise: Sequence[Any] | None, dtypes: Dtypes | None
+    ) -> None:
+        self.args, self.kwargs, self.layerwise, self.dtypes = args, kwargs, layerwise, dtypes
 
     @functools.cached_property
     def flat(self) -> tuple[list[Any], Any]:
         """The leaves, and what :meth:`unflatten` makes the arguments of again."""
-        return pytree.tree_flatten((self.args, self.kwargs, self.layerwise))
+        return pytree.tree_flatten((self.args, self.kwargs, self.layerwise, self.dtypes))
 
     @staticmethod
     def unflatten(leaves: list[Any], spec: Any) -> Arguments:
@@ -123,6 +140,55 @@ class Arguments:
             return self.args, self.kwargs
         args, kwargs = self.layerwise[call.number]
         return (*self.args, *args), {**self.kwargs, **kwargs}
+
+    def seen(self, streams: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the streams as a block sees them: the one place where they are narrowed."""
+        return streams if self.dtypes is None else narrowed(tuple(streams), self.dtypes)
+
+    def held(self, streams: Sequence[Any], step: str) -> tuple[Any, ...]:
+        """Return the streams that a block made anew, as they are held."""
+        if self.dtypes is None:
+            return tuple(streams)
+        wide = self.dtypes[1]
+        for stream in streams:
+            if not isinstance(stream, Tensor):
+                raise SpecError(f"{step} returned {type(stream).__name__} as a stream, expected a tensor")
+            check_held(step, stream.dtype, wide, _holds)
+        return tuple([stream.to(wide) for stream in streams])
+
+
+def dtype_of(given: Any) -> torch.dtype | None:
+    """Return the dtype that ``stream_dtype`` names."""
+    if given is None:
+        return None
+    dtype = getattr(torch, given, None) if isinstance(given, str) else given
+    dtype = dtype if isinstance(dtype, torch.dtype) else None
+    return check_stream_dtype(given, dtype, dtype is not None and (dtype.is_floating_point or dtype.is_complex))
+
+
+def widened(streams: Streams, stream_dtype: Any) -> tuple[Streams, Dtypes | None]:
+    """Return the streams as they are held, and both dtypes, if ``stream_dtype`` is given."""
+    wide = dtype_of(stream_dtype)
+    if wide is None or not streams:
+        return streams, None
+    narrow = check_input_dtypes([s.dtype for s in streams], wide, _holds)
+    return tuple([s.to(wide) for s in streams]), (narrow, wide)
+
+
+def narrowed(result: Any, dtypes: Dtypes | None) -> Any:
+    """Return streams, or what was made of them, in the dtype that came in."""
+    if dtypes is None:
+        return result
+    return tuple([s.to(dtypes[0]) for s in result]) if isinstance(result, tuple) else result.to(dtypes[0])
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    if wide == narrow:
+        return True
+    if wide.is_complex != narrow.is_complex or not (narrow.is_floating_point or narrow.is_complex):
+        return False
+    there, here = torch.finfo(wide), torch.finfo(narrow)
+    return there.eps <= here.eps and there.max >= here.max
 
 
 _CONSTANTS = (Tensor, nn.Module, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)

@@ -195,7 +195,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--time-depth", type=int, help="blocks, for everything else (32)")
     parser.add_argument("--rounds", type=int, help="turns of each way (11)")
     parser.add_argument("--only", default="", metavar="TEXT", help="ways whose name has TEXT in it, and store-all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda", "gpu"), default="cpu", help="gpu: the same as cuda")
     parser.add_argument("--quick", action="store_true", help="toy sizes, depth 4 and 8, 2 rounds")
     parser.add_argument("--write", action="store_true", help="write a dated file and its pictures")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where to (benchmarks/results)")
@@ -206,8 +206,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.rounds = options.rounds or (2 if quick else 11)
     if any(depth < 2 or depth % 2 for depth in (*options.depths, options.time_depth)):
         parser.error("the other libraries take blocks in pairs: depths must be even, and at least 2")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
+    if options.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch sees no GPU here")
+    options.device = "cpu" if options.device == "cpu" else "cuda"
     return options
 
 
