@@ -37,3 +37,56 @@ def permute_axes(array: Any, axes: tuple[int, ...]) -> Any:
     namespace = array_namespace(array)
     permute = getattr(namespace, "permute_dims", None) or namespace.permute
     return permute(array, axes)
+
+
+# What DLPack carries between torch and JAX; narrower ones, of which each has others, go through to_numpy.
+_CARRIED = frozenset(
+    "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()
+)
+_METAL = 8  # DLPack's number of the one device without float64
+
+
+def on_one_device(a: Any, b: Any) -> tuple[Any, Any, Any] | None:
+    """Return ``(namespace, a, b)``, both as arrays of one framework that lie where they lay, by DLPack.
+
+    torch takes a pair of torch and JAX: it always has float64, which JAX halves where x64 is off. Gradients are cut
+    off. ``None`` where the two share no device that both can reach: one is NumPy's or a number, or both are JAX's on
+    the CPU, whose memory NumPy sees as it is.
+
+    >>> import numpy
+    >>> on_one_device(numpy.ones(2), numpy.ones(2)) is None
+    True
+    """
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    kinds = [_kind(array, torch, jax) for array in (a, b)]
+    if None in kinds or any(str(x.dtype).removeprefix("torch.") not in _CARRIED for x in (a, b)):
+        return None
+    if kinds == ["jax", "jax"]:
+        return (array_namespace(a), a, b) if a.devices() == b.devices() and not _is_on_cpu(a) else None
+    if not _same_place(a, b):
+        return None
+    assert torch is not None
+    a, b = (x.detach() if kind == "torch" else torch.from_dlpack(x) for x, kind in zip((a, b), kinds, strict=True))
+    return torch, a, b
+
+
+def _kind(array: Any, torch: Any, jax: Any) -> str | None:
+    """Return whose an array is; ``None`` if it has no values in one place (sparse, on the meta device, traced)."""
+    if torch is not None and isinstance(array, torch.Tensor):
+        return "torch" if array.layout == torch.strided and not array.is_meta else None
+    if jax is not None and isinstance(array, jax.Array) and not isinstance(array, jax.core.Tracer):
+        return "jax"
+    return None
+
+
+def _same_place(a: Any, b: Any) -> bool:
+    if any(hasattr(x, "devices") and len(x.devices()) != 1 for x in (a, b)):
+        return False
+    if any(hasattr(x, "devices") and next(iter(x.devices())).platform not in ("cpu", "gpu") for x in (a, b)):
+        return False  # a TPU's memory is out of DLPack's reach
+    place = a.__dlpack_device__()
+    return place == b.__dlpack_device__() and place[0] != _METAL
+
+
+def _is_on_cpu(array: Any) -> bool:
+    return all(device.platform == "cpu" for device in array.devices())
