@@ -43,7 +43,7 @@ def permute_axes(array: Any, axes: tuple[int, ...]) -> Any:
 _CARRIED = frozenset(
     "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split()
 )
-_METAL = 8  # DLPack's number of the one device without float64
+_CPU, _METAL = 1, 8  # DLPack's numbers; Metal has no float64
 
 
 def on_one_device(a: Any, b: Any) -> tuple[Any, Any, Any] | None:
@@ -59,13 +59,12 @@ def on_one_device(a: Any, b: Any) -> tuple[Any, Any, Any] | None:
     """
     torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
     kinds = [_kind(array, torch, jax) for array in (a, b)]
-    if None in kinds or any(str(x.dtype).removeprefix("torch.") not in _CARRIED for x in (a, b)):
+    if None in kinds or not (_has_carried_dtype(a) and _has_carried_dtype(b)):
         return None
     if kinds == ["jax", "jax"]:
         return (array_namespace(a), a, b) if a.devices() == b.devices() and not _is_on_cpu(a) else None
-    if not _same_place(a, b):
+    if torch is None or _place(a) is None or _place(a) != _place(b):
         return None
-    assert torch is not None
     a, b = (x.detach() if kind == "torch" else torch.from_dlpack(x) for x, kind in zip((a, b), kinds, strict=True))
     return torch, a, b
 
@@ -79,13 +78,31 @@ def _kind(array: Any, torch: Any, jax: Any) -> str | None:
     return None
 
 
-def _same_place(a: Any, b: Any) -> bool:
-    if any(hasattr(x, "devices") and len(x.devices()) != 1 for x in (a, b)):
+def is_carried(array: Any, *, cuda: bool) -> bool:
+    """Return whether DLPack brings ``array`` into a framework that has the CPU and, with ``cuda``, GPUs.
+
+    >>> import numpy
+    >>> is_carried(numpy.ones(2), cuda=False), is_carried(2.0, cuda=False)
+    (True, False)
+    """
+    if not (hasattr(array, "__dlpack__") and _has_carried_dtype(array)):
         return False
-    if any(hasattr(x, "devices") and next(iter(x.devices())).platform not in ("cpu", "gpu") for x in (a, b)):
-        return False  # a TPU's memory is out of DLPack's reach
-    place = a.__dlpack_device__()
-    return place == b.__dlpack_device__() and place[0] != _METAL
+    place = _place(array)
+    return place is not None and (cuda or place[0] == _CPU)
+
+
+def _has_carried_dtype(array: Any) -> bool:
+    return str(array.dtype).removeprefix("torch.") in _CARRIED
+
+
+def _place(array: Any) -> tuple[int, int] | None:
+    """Return DLPack's kind and number of an array's device; ``None`` if it is spread over several, or out of reach."""
+    if hasattr(array, "devices"):  # JAX's, which may be in parts, or in a TPU
+        devices = array.devices()
+        if len(devices) != 1 or next(iter(devices)).platform not in ("cpu", "gpu"):
+            return None
+    kind, number = array.__dlpack_device__()
+    return (int(kind), int(number)) if kind != _METAL else None
 
 
 def _is_on_cpu(array: Any) -> bool:
