@@ -16,7 +16,7 @@ import io
 import math
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -178,9 +178,10 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether the two agree."""
-        errors = [error for error in (self.value_error, self.gradient_error) if error is not None]
-        within = all(error <= self.limit * self.unit for error in errors)
-        return not self.problems and within and self.first_apart is None
+        return not self.problems and self._within(self.value_error, self.gradient_error) and self.first_apart is None
+
+    def _within(self, *errors: float | None) -> bool:
+        return all(error is None or error <= self.limit * self.unit for error in errors)
 
     @property
     def first_apart(self) -> Parting | None:
@@ -189,13 +190,15 @@ class Report:
         They part if an error passes ``limit·depth·eps`` anywhere. The step that began it is sought with the rounding of
         the steps so far, ``limit·(steps so far)·eps``: a difference may grow on its way to the limit.
         """
-        tolerance, eps = self.limit * self.unit, EPS[self.dtype]
-        if any(row.forward > tolerance for row in self.steps):
-            for i, row in enumerate(self.steps):
-                if row.forward > self.limit * eps * max(1, min(i, self.depth)):
-                    return Parting(row.name, "forward", row.forward)
+        errors = [error for row in self.steps for error in (row.forward, row.backward)]
+        if self._within(self.value_error, self.gradient_error, *errors):
+            return None
+        for i, row in enumerate(self.steps):
+            if row.forward > self.limit * EPS[self.dtype] * max(1, min(i, self.depth)):
+                return Parting(row.name, "forward", row.forward)
         for i, row in reversed(list(enumerate(self.steps))):
-            if row.backward is not None and row.backward > tolerance:
+            if not self._within(row.backward):
+                assert row.backward is not None
                 after = i + 1 < len(self.steps)
                 name = self.steps[i + 1].name if after else f"what comes after {row.name}"
                 return Parting(name, "backward", row.backward)
@@ -213,7 +216,7 @@ class Report:
         reasons = [f"{figures or 'they'} depth·eps, {self.limit:g} are allowed (depth {self.depth}, {self.dtype})"]
         if parting := self.first_apart:
             reasons.append(
-                f"they part at {parting.name}, {parting.direction}, by {parting.error / self.unit:.2g} depth·eps"
+                f"they part going {parting.direction} at {parting.name}, by {parting.error / self.unit:.2g} depth·eps"
             )
         elif self.steps and not self.ok and not self.problems:
             reasons.append("the streams agree after every step, and so do their gradients: look outside of the steps")
@@ -256,23 +259,25 @@ class Report:
     def trail(self) -> str:
         """Return the errors by step in units of ``depth·eps``, eight in a line: of the streams, and of their gradients.
 
+        What comes first in a line is how many steps lie before it.
+
         >>> steps = [Stage("input", [1.0]), Stage("step 0 (Couple)", [2.0])]
         >>> print(compare(Record(steps=steps), Record(steps=steps)).trail())
-        streams, before the first step and after each, in depth·eps:
-          0   0     0
+        error of the streams by step, in depth·eps:
+          0:  0     0
         """
         lines = []
         for title, errors in (
-            ("streams, before the first step and after each", [row.forward for row in self.steps]),
-            ("gradients in these streams", [row.backward for row in self.steps]),
+            ("streams", [row.forward for row in self.steps]),
+            ("gradients in them", [row.backward for row in self.steps]),
         ):
             if any(error is not None for error in errors):
-                lines.append(f"{title}, in depth·eps:")
+                lines.append(f"error of the {title} by step, in depth·eps:")
                 shown = ["-" if error is None else f"{error / self.unit:.2g}" for error in errors]
                 wide = max(map(len, shown))
                 for start in range(0, len(shown), 8):
                     row = "  ".join(text.ljust(max(4, wide)) for text in shown[start : start + 8])
-                    lines.append(f"  {start:<{len(str(len(shown)))}}   {row}".rstrip())
+                    lines.append(f"  {f'{start}:':<{len(str(len(shown))) + 3}}{row}".rstrip())
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -358,6 +363,38 @@ def to_numpy(array: Any) -> np.ndarray:
     except (TypeError, ValueError) as error:
         raise SpecError(f"expected an array of numbers, got {type(original).__name__}: {error}") from error
     return result
+
+
+def loss_weights(seed: int, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Return the ``w`` of the loss ``Σ w·y`` over all outputs ``y`` of a network: normal numbers over ``√size``.
+
+    A sum of squares would not do: its gradient vanishes behind a normalisation.
+
+    >>> [w.shape for w in loss_weights(0, [(2, 3), ()])]
+    [(2, 3), ()]
+    """
+    rng = np.random.default_rng([seed, 1])  # not the numbers of the inputs
+    return [np.asarray(rng.standard_normal(tuple(shape))) / max(1, math.prod(shape)) ** 0.5 for shape in shapes]
+
+
+def coarsest(dtypes: Iterable[Any]) -> str:
+    """Return the coarsest of the dtypes that errors can be counted in, ``"float32"`` if there is none.
+
+    >>> coarsest([np.dtype("float64"), "torch.bfloat16", np.dtype("int32")])
+    'bfloat16'
+    """
+    names = {str(dtype).removeprefix("torch.") for dtype in dtypes} & set(EPS)
+    return max(names, key=EPS.__getitem__, default="float32")
+
+
+def in_order(networks: Sequence[Sequence[Stage]]) -> tuple[Stage, ...]:
+    """Return the stages of all the reversible networks of a model; several are told apart by number."""
+    several = len(networks) > 1
+    return tuple(
+        stage._replace(name=f"network {k}, {stage.name}") if several else stage
+        for k, stages in enumerate(networks)
+        for stage in stages
+    )
 
 
 def _measure(

@@ -178,6 +178,22 @@ def nnx_entries(module: nnx.Module) -> list[tuple[list[str], Entry]]:
     return list(entries.values())
 
 
+def nnx_modules(module: nnx.Module) -> list[tuple[str, Any]]:
+    """Return the modules within an NNX module and itself, each with the beginning of its arrays' neutral names."""
+    found: list[tuple[str, Any]] = []
+
+    def walk(node: Any, name: str, above: tuple[int, ...]) -> None:
+        if isinstance(node, nnx.Module):
+            found.append((name, node))
+        transparent = _transparent(node)
+        for key, value in _children(node):
+            if not isinstance(value, nnx.Variable) and id(value) not in above:
+                walk(value, name if key in transparent else f"{name}{key}.", (*above, id(node)))
+
+    walk(module, "", ())
+    return found
+
+
 def _children(node: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(node, nnx.Pytree):
         node = {key: value for key, value in vars(node).items() if not key.startswith("_pytree__")}
