@@ -1,8 +1,8 @@
 """One network in PyTorch and in JAX, and whether they agree:
 
-    python -m revcore parity examples/two_frameworks.py:torch_model examples/two_frameworks.py:jax_model --shape 2,16
+    python -m revcore parity examples.two_frameworks:torch_model examples.two_frameworks:jax_model --shape 2,16
 
-The coupling is written once, for both. ``mistaken`` has what ports get wrong most often, a norm's epsilon, in one block.
+The coupling is written once, for both. ``mistaken`` has what ports often get wrong, a norm's epsilon, in one block.
 """
 
 from __future__ import annotations

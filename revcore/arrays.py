@@ -40,7 +40,10 @@ def permute_axes(array: Any, axes: tuple[int, ...]) -> Any:
 
 
 # What DLPack carries between torch and JAX; narrower ones, of which each has others, go through to_numpy.
-_CARRIED = frozenset("bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64 complex64 complex128".split())
+_CARRIED = frozenset(
+    {"bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64", "complex64"}
+    | {"complex128"}
+)
 _CPU, _METAL = 1, 8  # DLPack's numbers; Metal has no float64
 
 

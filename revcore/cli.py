@@ -240,7 +240,7 @@ def parity(
 
     Examples:
 
-    - `python -m revcore parity examples/two_frameworks.py:torch_model examples/two_frameworks.py:jax_model --shape 2,16`
+    - `python -m revcore parity examples.two_frameworks:torch_model examples.two_frameworks:jax_model --shape 2,16`
 
     - `python -m revcore parity models:in_torch models:in_jax --shape 8,128 --tokens 256 --dtype float64`
 

@@ -281,7 +281,7 @@ class Report:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        return "\n".join(part for part in (self.rows and self.table(), self.trail(), self.verdict) if part)
+        return "\n".join(part for part in (self.table() if self.rows else "", self.trail(), self.verdict) if part)
 
 
 def compare(
@@ -485,7 +485,8 @@ def _figures(a: Any, b: Any) -> _Figures:
         finite = bool(namespace.isfinite(a).all()), bool(namespace.isfinite(b).all())
         if not all(finite):
             return _Figures(math.nan, math.nan, math.nan, finite)
-        return _Figures(*(float((abs(x) ** 2).sum()) ** 0.5 for x in (a - b, a, b)), finite)
+        error, *norms = (float((abs(x) ** 2).sum()) ** 0.5 for x in (a - b, a, b))
+        return _Figures(error, norms[0], norms[1], finite)
 
 
 def _check(depth: Any, dtype: Any) -> None:

@@ -38,14 +38,14 @@ def record(
 ) -> Record:
     """Run ``model`` forward and backward, and record outputs, gradients, and the streams after every reversible step.
 
-    The loss is ``Σ w·y`` over all outputs, with ``w`` of :func:`revcore.parity.loss_weights`. The gradients are those of
-    the model as it is. The streams come from a second run, which takes the steps of each ``ReversibleSequential`` one by
-    one, and the memory of an ordinary network. Products of float32 are computed in full, not in TF32. The model's
-    statistics and counts stay as they are. Complex gradients are conjugated, which makes them torch's.
+    The loss is ``Σ w·y`` over all outputs, with ``w`` of :func:`revcore.parity.loss_weights`. The gradients are those
+    of the model as it is. The streams come from a second run, which takes the steps of each ``ReversibleSequential``
+    one by one, and the memory of an ordinary network. Products of float32 are computed in full, not in TF32. The
+    model's statistics and counts stay as they are. Complex gradients are conjugated, which makes them torch's.
 
     Args:
-        model: an ``nnx.Module``; or a Linen module, bound to its variables (``module.bind(variables)``) or not, which is
-            then initialised.
+        model: an ``nnx.Module``; or a Linen module, bound to its variables (``module.bind(variables)``), or not, and
+            then it is initialised.
         inputs: what it is called with: arrays of NumPy, torch or JAX, those of floating point in any precision.
         weights: what :func:`parameters` of either backend returned, to fill ``model`` with first.
         dtype: convert the model to it first, such as ``"float64"``, which tells rounding from mistakes.
@@ -78,6 +78,8 @@ def record(
         grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         (value, (outputs, _)), (gradients, gfloats) = grad(network.params, floats)
         networks = loss(network.params, floats, [])[1][1]
+        if network.reversible and not networks:  # compiled before
+            raise _hidden()
         if networks:
             zeros = [[jnp.zeros_like(s) for s in stage.streams] for stages in networks for stage in stages]
             back = iter(jax.grad(loss, argnums=2, has_aux=True)(network.params, floats, zeros)[0])
@@ -125,6 +127,7 @@ class _Network(NamedTuple):
     run: Callable[..., Any]  # of parameters and inputs
     neutral: Callable[..., dict[str, Any]]  # of gradients, or nothing
     programs: list[tuple[str, Program]]
+    reversible: bool
 
     @property
     def dtype(self) -> Any:
@@ -143,32 +146,31 @@ def _opened(
 
     if isinstance(model, nnx.Module):
         found = [(name, m.program) for name, m in nnx_modules(model) if isinstance(m, revcore_nnx.ReversibleSequential)]
-        stacked = _stacked(found)
         if dtype:
             nnx.update(model, cast(nnx.state(model)))
         if filling is not None:
-            from_neutral(model, _in_form(stack, filling, stacked))
-        return _of_nnx(model, stacked)
+            from_neutral(model, _in_form(stack, filling, found))
+        return _of_nnx(model, found)
     if isinstance(model, linen.Module):
         return _of_linen(model, [_put(x, None, images) for x in inputs], cast, filling)
     raise SpecError(f"the model came as {type(model).__name__}, expected a flax.nnx.Module or a flax.linen.Module")
 
 
-def _of_nnx(model: nnx.Module, stacked: list[tuple[str, Program]]) -> _Network:
+def _of_nnx(model: nnx.Module, found: list[tuple[str, Program]]) -> _Network:
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def run(params: Any, *inputs: Any) -> Any:
-        module: Any = nnx.merge(graph, params, rest)
+        module: Any = nnx.merge(graph, params, rest, copy=True)
         counts = _counts(module)
         out = module(*inputs)
-        if _counts(module) != counts:
+        if any(now is not before for now, before in zip(_counts(module), counts, strict=True)):
             raise _random(module)
         return out
 
     def neutral(gradients: Any = None) -> dict[str, Any]:
-        return _in_form(unstack, to_neutral(model, gradients, host=False), stacked)
+        return _in_form(unstack, to_neutral(model, gradients, host=False), found)
 
-    return _Network(params, run, neutral, stacked)
+    return _Network(params, run, neutral, _stacked(found), bool(found))
 
 
 def _of_linen(model: Any, inputs: list[Any], cast: Callable[[Any], Any], filling: Any) -> _Network:
@@ -179,15 +181,15 @@ def _of_linen(model: Any, inputs: list[Any], cast: Callable[[Any], Any], filling
         )
     if model.scope is None:
         key = jax.random.key(0)
-        variables = dict(model.init({"params": key, "dropout": key}, *inputs))
+        variables = {"params": {}} | dict(model.init({"params": key, "dropout": key}, *inputs))
     else:
         model, variables = model.unbind()
-        variables = dict(variables)
+        variables = {"params": {}} | dict(variables)
     layers = linen_layers(model, *inputs)
-    stacked = _stacked(_linen_programs(model, layers, inputs))
+    found = _linen_programs(model, layers, inputs)
     variables = cast(variables)
     if filling is not None:
-        filling = _in_form(stack, filling, stacked)
+        filling = _in_form(stack, filling, found)
         variables = dict(from_neutral(variables, filling, layers=layers))
     rest = {name: tree for name, tree in variables.items() if name != "params"}
 
@@ -198,10 +200,10 @@ def _of_linen(model: Any, inputs: list[Any], cast: Callable[[Any], Any], filling
             raise _random(model) from error
 
     def neutral(gradients: Any = None) -> dict[str, Any]:
-        found = to_neutral({**rest, "params": variables["params"]}, gradients, host=False, layers=layers)
-        return _in_form(unstack, found, stacked)
+        tensors = to_neutral({**rest, "params": variables["params"]}, gradients, host=False, layers=layers)
+        return _in_form(unstack, tensors, found)
 
-    return _Network(variables["params"], run, neutral, stacked)
+    return _Network(variables["params"], run, neutral, _stacked(found), bool(found))
 
 
 def _linen_programs(model: Any, layers: LinenLayers, inputs: list[Any]) -> list[tuple[str, Program]]:
@@ -209,7 +211,7 @@ def _linen_programs(model: Any, layers: LinenLayers, inputs: list[Any]) -> list[
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
-        if isinstance(layer, revcore_linen.ReversibleSequential) and layer.scope is not None:
+        if isinstance(layer, revcore_linen.ReversibleSequential) and context.method_name == "__call__":
             paths = (layer.path[: i + 1] for i in range(len(layer.path)))
             names = [layers.names.get(path, path[-1]) for path in paths]
             found["".join(f"{name}." for name in names if name)] = layer._settings()[0]
@@ -225,21 +227,28 @@ def _stacked(found: list[tuple[str, Program]]) -> list[tuple[str, Program]]:
     return [(prefix, program) for prefix, program in found if program.num_slots != program.num_blocks]
 
 
-def _in_form(convert: Callable[..., Any], tensors: Mapping[str, Any], stacked: list[tuple[str, Program]]) -> Any:
+def _in_form(convert: Callable[..., Any], tensors: Mapping[str, Any], found: list[tuple[str, Program]]) -> Any:
     """Stack or unstack the blocks of every ``Repeat``."""
-    for prefix, program in stacked:
+    for prefix, program in _stacked(found):
         tensors = convert(tensors, program, prefix)
     return dict(tensors)
 
 
-def _counts(module: Any) -> list[int]:
-    return [id(variable.get_raw_value()) for _, variable in nnx.to_flat_state(nnx.state(module, nnx.RngCount))]
+def _counts(module: Any) -> list[Any]:
+    return [variable.get_raw_value() for _, variable in nnx.to_flat_state(nnx.state(module, nnx.RngCount))]
 
 
 def _random(module: Any) -> SpecError:
     return SpecError(
         f"{type(module).__name__} draws random numbers, and no two frameworks draw the same: take dropout out, or make "
         "it deterministic (model.eval() for NNX)"
+    )
+
+
+def _hidden() -> SpecError:
+    return SpecError(
+        "a reversible network runs inside jax.jit, where its steps cannot be seen, or not at all: return the model "
+        "without jit"
     )
 
 
@@ -300,10 +309,7 @@ def _step_by_step(networks: list[list[Stage]], deltas: Sequence[Any]) -> Iterato
 
         def noted(name: str, block: str, streams: Sequence[Any]) -> tuple[Any, ...]:
             if not deltas and any(isinstance(s, jax.core.Tracer) for s in streams):
-                raise SpecError(
-                    "a reversible network runs inside jax.jit, where its steps cannot be seen: return the model "
-                    "without jit"
-                )
+                raise _hidden()
             stages.append(Stage(name, tuple(streams), block=block))
             return tuple(s + d for s, d in zip(streams, next(given), strict=True)) if deltas else tuple(streams)
 

@@ -31,10 +31,10 @@ def record(
 ) -> Record:
     """Run ``model`` forward and backward, and record outputs, gradients, and the streams after every reversible step.
 
-    The loss is ``Σ w·y`` over all outputs, with ``w`` of :func:`revcore.parity.loss_weights`. The gradients are those of
-    the model as it is. The streams come from a second run, which takes the steps of each ``ReversibleSequential`` one by
-    one, and the memory of an ordinary network. Products of float32 are computed in full, not in TF32. Buffers, ``.grad``
-    and random state stay as they are.
+    The loss is ``Σ w·y`` over all outputs, with ``w`` of :func:`revcore.parity.loss_weights`. The gradients are those
+    of the model as it is. The streams come from a second run, which takes the steps of each ``ReversibleSequential``
+    one by one, and the memory of an ordinary network. Products of float32 are computed in full, not in TF32.
+    Buffers, ``.grad`` and random state stay as they are.
 
     Args:
         model: a ``torch.nn.Module``, in the mode (``train`` or ``eval``) that is to be compared.
@@ -196,7 +196,7 @@ def _name(blocks: Sequence[Any]) -> str:
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module, given: Sequence[Tensor]) -> Iterator[dict[str, Tensor]]:
+def _unchanged(model: nn.Module, given: Sequence[Tensor]) -> Iterator[dict[str, nn.Parameter]]:
     """Give the parameters, all to be trained meanwhile; put buffers back afterwards, and refuse random numbers."""
     parameters = {name: p for name, p in model.named_parameters() if p.is_floating_point() or p.is_complex()}
     frozen = [p for p in parameters.values() if not p.requires_grad]
