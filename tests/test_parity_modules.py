@@ -182,7 +182,9 @@ def test_stacked_blocks_and_anchors_run_alike() -> None:
     report = held(one, other)
     assert report.ok, f"\n{report}"
     assert [row.name.split(" of ")[0] for row in report.steps][-2:] == ["step 4 (Anchor)", "step 5 (Couple)"]
-    module = revcore_jax.linen.ReversibleSequential([LinenBlock(), LinenBlock(), product, LinenBlock()], program=program)
+    module = revcore_jax.linen.ReversibleSequential(
+        [LinenBlock(), LinenBlock(), product, LinenBlock()], program=program
+    )
     report = held(one, module)
     assert report.ok, f"\n{report}"
     assert report.steps[1].name == "step 0 (Couple) of TorchBlock / LinenBlock"
