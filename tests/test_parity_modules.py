@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,26 @@ def test_images_batch_statistics_and_two_networks() -> None:
     assert not np.asarray(other.first.layers[0].layers[1].mean[...]).any()
 
 
+def test_complex_gradients_are_torchs() -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+
+        def forward(self, x: Any) -> Any:
+            return self.w * self.w * x
+
+    class Other(nnx.Module):
+        def __init__(self) -> None:
+            self.w = nnx.Param(jnp.zeros(2, jnp.complex64))
+
+        def __call__(self, x: Any) -> Any:
+            return self.w[...] * self.w[...] * x
+
+    report = held(One(), Other(), [np.ones(2, np.complex64)], dtype=None)
+    assert report.ok, f"\n{report}"
+
+
 def test_a_record_leaves_the_model_as_it_was() -> None:
     model = in_torch()
     before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
@@ -395,6 +416,20 @@ def test_a_checkpoint_of_stacked_blocks_against_a_model_of_them(tmp_path: Path, 
         assert call(monkeypatch, "parity", "stacked_models:in_jax", str(tmp_path / name)) == 0
         assert "agree" in capsys.readouterr().out
     assert weights.load(tmp_path / "stacked")[0].keys() != weights.load(tmp_path / "apart")[0].keys()
+
+
+def test_the_commands_of_the_guide(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root)
+    guide = (root / "docs" / "parity.md").read_text()
+    commands = re.findall(r"^python -m revcore (parity examples\.\S+ .+)$", guide, re.MULTILINE)
+    for command, code, words in zip(
+        commands, (0, 1), ("agree: values differ", "forward at step 3 (Couple)"), strict=True
+    ):
+        assert call(monkeypatch, *command.split()) == code
+        out = capsys.readouterr().out
+        assert words in out
+        assert out.splitlines()[0] in guide  # the table's header
 
 
 @pytest.mark.parametrize(
