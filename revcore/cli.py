@@ -1,5 +1,5 @@
 """The command line: ``python -m revcore demo`` shows what the library does, ``plan`` foretells memory, ``parity``
-compares files of weights."""
+holds two models or checkpoints against each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ app = typer.Typer(
     help="""Reversible networks for PyTorch and JAX: activation memory does not grow with depth.
 
 Start with **python -m revcore demo**, which trains one network in both frameworks and shows that they agree.
-**python -m revcore plan transformer** tells what a network of any size would take to train.""",
+**python -m revcore plan transformer** tells what a network of any size would take to train.
+**python -m revcore parity A B** tells whether two models, in PyTorch or JAX each, compute the same.""",
 )
 
 
@@ -181,20 +182,90 @@ def plan(
 
 @app.command()
 def parity(
-    a: Annotated[Path, typer.Argument(help="A safetensors file of `revcore.weights`.")],
-    b: Annotated[Path, typer.Argument(help="Another; errors are relative to it.")],
-    depth: Annotated[int, typer.Option(help="Coupled steps of the network: errors are counted in depth·eps.")] = 1,
+    a: Annotated[
+        str,
+        typer.Argument(
+            help="A model, as `package.module:function` or `path/to/file.py:function`; or a checkpoint, a safetensors "
+            "file of `revcore.weights`."
+        ),
+    ],
+    b: Annotated[str, typer.Argument(help="Another; errors are relative to it.")],
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Of the input, as `2,64`: normal numbers are drawn. Or the functions bring their inputs."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Draw whole numbers below N instead, such as token ids.")
+    ] = None,
+    images: Annotated[
+        bool,
+        typer.Option(
+            "--images",
+            help="Inputs are (N, C, H, W) in torch and (N, H, W, C) in JAX, or the like with 1 or 3 axes of space; "
+            "`--shape` is torch's.",
+        ),
+    ] = False,
+    own_weights: Annotated[
+        bool, typer.Option("--own-weights", help="Run B with its own weights, not with A's, and compare those, too.")
+    ] = False,
+    dtype: Annotated[
+        Literal["float64", "float32"] | None,
+        typer.Option(help="Convert both models first: float64 tells rounding from mistakes."),
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(help="Errors are counted in depth·eps.", show_default="coupled steps; 1 for files"),
+    ] = None,
+    limit: Annotated[float, typer.Option(help="How many depth·eps are allowed.")] = 16.0,
+    seed: Annotated[int, typer.Option(help="Of the inputs, and of the loss.")] = 0,
+    rows: Annotated[int, typer.Option(help="How many tensors to show, the worst first.")] = 12,
 ) -> None:
-    """Compare two files of weights, such as the checkpoints of two runs: a table, a verdict, exit code 0 or 1."""
-    from revcore import weights
-    from revcore.parity import EPS, Record, compare
+    """Hold two models against each other, in PyTorch or JAX each; or two checkpoints; or a model and a checkpoint.
 
-    (left, _), (right, _) = weights.load(a), weights.load(b)
-    dtypes = {str(array.dtype) for array in (*left.values(), *right.values())} & set(EPS)
-    coarsest = max(dtypes or {"float32"}, key=EPS.__getitem__)
-    report = compare(Record(left), Record(right), depth=depth, dtype=coarsest, names=(str(a), str(b)))
-    typer.echo(str(report))
-    raise typer.Exit(0 if report.ok else 1)
+    A model is named by a function that takes nothing and returns it, or `model, inputs`: a `torch.nn.Module`, a
+    `flax.nnx.Module`, or a Linen module (bound to its variables, or it is initialised).
+
+    The weights of A are carried over into B by the neutral layout of `revcore.weights`, both run on the same inputs,
+    forward and backward, and you see:
+
+    - **a table** of outputs and of the gradients of parameters, the worst first, with the error of the whole trees;
+
+    - **the trail**: the error of the streams after each step of `ReversibleSequential`, and of the gradients in them;
+
+    - **a verdict**: whether the two agree to rounding and, if not, **the first step where they part**.
+
+    With a checkpoint, weights alone are compared.
+
+    Exit code: 0 if they agree; 1 if not; 2 for options that will not do, or weights that do not fit.
+
+    Examples:
+
+    - `python -m revcore parity examples.two_frameworks:torch_model examples.two_frameworks:jax_model --shape 2,16`
+
+    - `python -m revcore parity models:in_torch models:in_jax --shape 8,128 --tokens 256 --dtype float64`
+
+    - `python -m revcore parity models:in_torch models:in_jax --shape 2,3,32,32 --images --own-weights`
+
+    - `python -m revcore parity trained.safetensors models:in_jax`
+
+    - `python -m revcore parity one.safetensors other.safetensors --depth 24`
+    """
+    from revcore.parity_command import run
+
+    ok = run(
+        a,
+        b,
+        shape=shape,
+        tokens=tokens,
+        images=images,
+        own_weights=own_weights,
+        dtype=dtype,
+        depth=depth,
+        limit=limit,
+        seed=seed,
+        rows=rows,
+    )
+    raise typer.Exit(0 if ok else 1)
 
 
 def main() -> None:

@@ -11,15 +11,18 @@ a and b agree: values differ by 0 and gradients by 0.42 depth·eps, 16 are allow
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from revcore.dlpack import on_one_device
 from revcore.errors import SpecError
 
 EPS: dict[str, float] = {
@@ -37,6 +40,22 @@ EPS: dict[str, float] = {
 _LOOSEST = 1e-2
 
 
+class Stage(NamedTuple):
+    """The streams at one place of a reversible network: before its first step, or after one.
+
+    Attributes:
+        name: what the two sides have in common, such as ``"step 3 (Couple)"``.
+        streams: the arrays.
+        gradients: of the loss, in these streams; ``None`` if none were recorded.
+        block: the class of the step's block, which the two sides may call by other names.
+    """
+
+    name: str
+    streams: Sequence[Any]
+    gradients: Sequence[Any] | None = None
+    block: str = ""
+
+
 @dataclass(frozen=True)
 class Record:
     """What one run of a network gave: the arrays to compare, and what rounding to expect in them.
@@ -46,8 +65,11 @@ class Record:
         gradients: arrays by name, such as ``to_neutral(module, gradients=True)``; ``None`` if none were recorded.
         depth: how many coupled steps the network has; at least 1.
         dtype: the coarsest dtype that was computed in, a key of :data:`EPS`.
+        steps: a :class:`Stage` before the first step and one after each, in running order; ``None`` if none were
+            recorded. :func:`compare` finds the first that differs.
 
-    Arrays may be NumPy's, torch's or JAX's; neither framework is imported for them.
+    Arrays may be NumPy's, torch's or JAX's; neither framework is imported for them. ``revcore_torch.parity.record`` and
+    ``revcore_jax.parity.record`` run a model and make a record.
 
     Raises:
         SpecError: a field of the wrong kind.
@@ -57,6 +79,7 @@ class Record:
     gradients: Mapping[str, Any] | None = None
     depth: int = 1
     dtype: str = "float32"
+    steps: Sequence[Stage] | None = None
 
     def __post_init__(self) -> None:
         for field in ("values", "gradients"):
@@ -66,8 +89,10 @@ class Record:
                     f"Record: {field} came as {type(tree).__name__}, expected a mapping from names to arrays: "
                     "to_neutral(module) makes one"
                 )
-        if self.values is None and self.gradients is None:
-            raise SpecError("Record: neither values nor gradients came, so there is nothing to compare")
+        if self.steps is not None and not all(isinstance(stage, Stage) for stage in self.steps):
+            raise SpecError("Record: steps holds something else, expected Stage(name, streams) before and after each")
+        if self.values is None and self.gradients is None and not self.steps:
+            raise SpecError("Record: neither values nor gradients nor steps came, so there is nothing to compare")
         _check(self.depth, self.dtype)
 
 
@@ -91,6 +116,35 @@ class Row:
 
 
 @dataclass(frozen=True)
+class StepRow:
+    """One place of a network in a comparison.
+
+    Attributes:
+        name: its name.
+        forward: ``‖a − b‖ / ‖b‖`` over the streams; infinite if they cannot be compared.
+        backward: the same over the gradients in them; ``None`` if none were recorded.
+    """
+
+    name: str
+    forward: float
+    backward: float | None = None
+
+
+class Parting(NamedTuple):
+    """Where two networks part.
+
+    Attributes:
+        name: the step that turns equal streams (or gradients) into unlike ones.
+        direction: ``"forward"``, or ``"backward"`` where all streams agree and gradients do not.
+        error: ``‖a − b‖ / ‖b‖`` behind it.
+    """
+
+    name: str
+    direction: Literal["forward", "backward"]
+    error: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What :func:`compare` found.
 
@@ -103,6 +157,7 @@ class Report:
         dtype: the dtype whose eps they are counted in.
         limit: how many ``depth·eps`` are allowed.
         names: what the two sides are called.
+        steps: the places of the network in running order; empty unless both records have them.
     """
 
     rows: tuple[Row, ...]
@@ -113,6 +168,7 @@ class Report:
     dtype: str
     limit: float
     names: tuple[str, str] = ("a", "b")
+    steps: tuple[StepRow, ...] = ()
 
     @property
     def unit(self) -> float:
@@ -122,8 +178,31 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether the two agree."""
-        errors = [error for error in (self.value_error, self.gradient_error) if error is not None]
-        return not self.problems and all(error <= self.limit * self.unit for error in errors)
+        return not self.problems and self._within(self.value_error, self.gradient_error) and self.first_apart is None
+
+    def _within(self, *errors: float | None) -> bool:
+        return all(error is None or error <= self.limit * self.unit for error in errors)
+
+    @property
+    def first_apart(self) -> Parting | None:
+        """Where the two part: the first step whose streams differ or, where none do, the last whose gradients do.
+
+        They part if an error passes ``limit·depth·eps`` anywhere. The step that began it is sought with the rounding of
+        the steps so far, ``limit·(steps so far)·eps``: a difference may grow on its way to the limit.
+        """
+        errors = [error for row in self.steps for error in (row.forward, row.backward)]
+        if self._within(self.value_error, self.gradient_error, *errors):
+            return None
+        for i, row in enumerate(self.steps):
+            if row.forward > self.limit * EPS[self.dtype] * max(1, min(i, self.depth)):
+                return Parting(row.name, "forward", row.forward)
+        for i, row in reversed(list(enumerate(self.steps))):
+            if not self._within(row.backward):
+                assert row.backward is not None
+                after = i + 1 < len(self.steps)
+                name = self.steps[i + 1].name if after else f"what comes after {row.name}"
+                return Parting(name, "backward", row.backward)
+        return None
 
     @property
     def verdict(self) -> str:
@@ -134,10 +213,14 @@ class Report:
             f"{name}{' differ' if i == 0 else ''} by {error / self.unit:.2g}"
             for i, (name, error) in enumerate((name, error) for name, error in errors if error is not None)
         )
-        reasons = [
-            f"{figures} depth·eps, {self.limit:g} are allowed (depth {self.depth}, {self.dtype})",
-            *self.problems[:3],
-        ]
+        reasons = [f"{figures or 'they'} depth·eps, {self.limit:g} are allowed (depth {self.depth}, {self.dtype})"]
+        if parting := self.first_apart:
+            reasons.append(
+                f"they part going {parting.direction} at {parting.name}, by {parting.error / self.unit:.2g} depth·eps"
+            )
+        elif self.steps and not self.ok and not self.problems:
+            reasons.append("the streams agree after every step, and so do their gradients: look outside of the steps")
+        reasons += self.problems[:3]
         if len(self.problems) > 3:
             reasons.append(f"and {len(self.problems) - 3} problems more")
         return f"{self.names[0]} and {self.names[1]} {agree}: {'; '.join(reasons)}."
@@ -173,8 +256,32 @@ class Report:
             lines = textwrap.dedent(file.getvalue()).splitlines()
             return "\n".join(line.rstrip() for line in lines).strip("\n")
 
+    def trail(self) -> str:
+        """Return the errors by step in units of ``depth·eps``, eight in a line: of the streams, and of their gradients.
+
+        What comes first in a line is how many steps lie before it.
+
+        >>> steps = [Stage("input", [1.0]), Stage("step 0 (Couple)", [2.0])]
+        >>> print(compare(Record(steps=steps), Record(steps=steps)).trail())
+        error of the streams by step, in depth·eps:
+          0:  0     0
+        """
+        lines = []
+        for title, errors in (
+            ("streams", [row.forward for row in self.steps]),
+            ("gradients in them", [row.backward for row in self.steps]),
+        ):
+            if any(error is not None for error in errors):
+                lines.append(f"error of the {title} by step, in depth·eps:")
+                shown = ["-" if error is None else f"{error / self.unit:.2g}" for error in errors]
+                wide = max(map(len, shown))
+                for start in range(0, len(shown), 8):
+                    row = "  ".join(text.ljust(max(4, wide)) for text in shown[start : start + 8])
+                    lines.append(f"  {f'{start}:':<{len(str(len(shown))) + 3}}{row}".rstrip())
+        return "\n".join(lines)
+
     def __str__(self) -> str:
-        return f"{self.table()}\n{self.verdict}"
+        return "\n".join(part for part in (self.table() if self.rows else "", self.trail(), self.verdict) if part)
 
 
 def compare(
@@ -218,7 +325,9 @@ def compare(
     depth = a.depth if depth is None else depth
     dtype = max(a.dtype, b.dtype, key=EPS.__getitem__) if dtype is None else dtype
     _check(depth, dtype)
-    value_rows, value_error, problems = _measure("value", a.values, b.values, names)
+    steps, problems = _measure_steps(a.steps, b.steps, names)
+    value_rows, value_error, more = _measure("value", a.values, b.values, names)
+    problems += more
     gradient_rows, gradient_error, more = _measure("gradient", a.gradients, b.gradients, names)
     problems += more
     tolerance = limit * depth * EPS[dtype]
@@ -228,7 +337,7 @@ def compare(
             "error of each against float64)"
         )
     rows = (*value_rows, *gradient_rows)
-    return Report(rows, value_error, gradient_error, tuple(problems), depth, dtype, limit, names)
+    return Report(rows, value_error, gradient_error, tuple(problems), depth, dtype, limit, names, steps)
 
 
 def to_numpy(array: Any) -> np.ndarray:
@@ -256,6 +365,38 @@ def to_numpy(array: Any) -> np.ndarray:
     return result
 
 
+def loss_weights(seed: int, shapes: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Return the ``w`` of the loss ``Σ w·y`` over all outputs ``y`` of a network: normal numbers over ``√size``.
+
+    A sum of squares would not do: its gradient vanishes behind a normalisation.
+
+    >>> [w.shape for w in loss_weights(0, [(2, 3), ()])]
+    [(2, 3), ()]
+    """
+    rng = np.random.default_rng([seed, 1])  # not the numbers of the inputs
+    return [np.asarray(rng.standard_normal(tuple(shape))) / max(1, math.prod(shape)) ** 0.5 for shape in shapes]
+
+
+def coarsest(dtypes: Iterable[Any]) -> str:
+    """Return the coarsest of the dtypes that errors can be counted in, ``"float32"`` if there is none.
+
+    >>> coarsest([np.dtype("float64"), "torch.bfloat16", np.dtype("int32")])
+    'bfloat16'
+    """
+    names = {str(dtype).removeprefix("torch.") for dtype in dtypes} & set(EPS)
+    return max(names, key=EPS.__getitem__, default="float32")
+
+
+def in_order(networks: Sequence[Sequence[Stage]]) -> tuple[Stage, ...]:
+    """Return the stages of all the reversible networks of a model; several are told apart by number."""
+    several = len(networks) > 1
+    return tuple(
+        stage._replace(name=f"network {k}, {stage.name}") if several else stage
+        for k, stages in enumerate(networks)
+        for stage in stages
+    )
+
+
 def _measure(
     kind: Literal["value", "gradient"], a: Mapping[str, Any] | None, b: Mapping[str, Any] | None, names: tuple[str, str]
 ) -> tuple[list[Row], float | None, list[str]]:
@@ -267,20 +408,19 @@ def _measure(
         if name not in a or name not in b:
             rows.append(Row(kind, name, problem=f"is missing in {names[0] if name not in a else names[1]}"))
             continue
-        left, right = to_numpy(a[name]), to_numpy(b[name])
-        if left.shape != right.shape:
-            problem = f"has shape {left.shape} in {names[0]}, but {right.shape} in {names[1]}"
+        left, right = _shaped(a[name]), _shaped(b[name])
+        shapes = tuple(left.shape), tuple(right.shape)
+        if shapes[0] != shapes[1]:
+            problem = f"has shape {shapes[0]} in {names[0]}, but {shapes[1]} in {names[1]}"
             rows.append(Row(kind, name, problem=problem))
             continue
-        # float64 holds the sum of squares of any narrower dtype, and the difference of any two
-        wide = np.complex128 if "c" in (left.dtype.kind, right.dtype.kind) else np.float64
-        left, right = left.astype(wide), right.astype(wide)
-        blame = [side for side, array in zip(names, (left, right), strict=True) if not np.isfinite(array).all()]
+        found = _figures(left, right)
+        blame = [side for side, finite in zip(names, found.finite, strict=True) if not finite]
         if blame:
             rows.append(Row(kind, name, problem=f"is not finite in {' and '.join(blame)}"))
             continue
-        norms_a.append(float(np.linalg.norm(left)))
-        rows.append(Row(kind, name, float(np.linalg.norm(left - right)), float(np.linalg.norm(right))))
+        norms_a.append(found.norm_a)
+        rows.append(Row(kind, name, found.error, found.norm_b))
     problems = [f"{kind} {row.name} {row.problem}" for row in rows if row.problem]
     compared = [row for row in rows if not row.problem]
     if not rows:
@@ -290,6 +430,63 @@ def _measure(
         if compared and size == 0:
             problems.append(f"all {kind}s are zero in {side}")
     return rows, _ratio(math.hypot(*(row.error for row in compared)), norm) if compared else math.inf, problems
+
+
+def _measure_steps(
+    a: Sequence[Stage] | None, b: Sequence[Stage] | None, names: tuple[str, str]
+) -> tuple[tuple[StepRow, ...], list[str]]:
+    if a is None or b is None:
+        return (), []
+    unlike = [(x.name, y.name) for x, y in zip(a, b, strict=False) if x.name != y.name]
+    if unlike:
+        return (), [f"{names[0]} has {unlike[0][0]} where {names[1]} has {unlike[0][1]}: not the same program"]
+    if len(a) != len(b):
+        return (), [f"{names[0]} has {len(a)} stages and {names[1]} has {len(b)}: not the same program"]
+    rows = []
+    for x, y in zip(a, b, strict=True):
+        block = " / ".join(dict.fromkeys(name for name in (x.block, y.block) if name))
+        backward = None if x.gradients is None or y.gradients is None else _error(x.gradients, y.gradients)
+        rows.append(StepRow(f"{x.name} of {block}" if block else x.name, _error(x.streams, y.streams), backward))
+    return tuple(rows), []
+
+
+def _error(a: Sequence[Any], b: Sequence[Any]) -> float:
+    """Return ``‖a − b‖ / ‖b‖`` over streams, infinite if they cannot be compared."""
+    a, b = ([_shaped(array) for array in side] for side in (a, b))
+    if [tuple(x.shape) for x in a] != [tuple(y.shape) for y in b]:
+        return math.inf
+    figures = [_figures(x, y) for x, y in zip(a, b, strict=True)]
+    if not all(all(f.finite) for f in figures):
+        return math.inf
+    return _ratio(math.hypot(*(f.error for f in figures)), math.hypot(*(f.norm_b for f in figures)))
+
+
+def _shaped(array: Any) -> Any:
+    return array if hasattr(array, "shape") else to_numpy(array)
+
+
+class _Figures(NamedTuple):
+    error: float
+    norm_a: float
+    norm_b: float
+    finite: tuple[bool, bool]
+
+
+def _figures(a: Any, b: Any) -> _Figures:
+    """Measure two arrays of one shape where they lie: on one device by DLPack, so that only these figures travel."""
+    together = on_one_device(a, b)
+    namespace, a, b = together or (np, to_numpy(a), to_numpy(b))
+    # JAX without x64 would halve them; NumPy and torch need no such leave
+    leave = sys.modules["jax"].enable_x64(True) if namespace.__name__ == "jax.numpy" else contextlib.nullcontext()
+    with leave:
+        # float64 holds the sum of squares of any narrower dtype, and the difference of any two
+        wide = namespace.complex128 if any("complex" in str(x.dtype) for x in (a, b)) else namespace.float64
+        a, b = (x.to(wide) if hasattr(x, "to") else x.astype(wide, copy=False) for x in (a, b))
+        finite = bool(namespace.isfinite(a).all()), bool(namespace.isfinite(b).all())
+        if not all(finite):
+            return _Figures(math.nan, math.nan, math.nan, finite)
+        error, *norms = (float((abs(x) ** 2).sum()) ** 0.5 for x in (a - b, a, b))
+        return _Figures(error, norms[0], norms[1], finite)
 
 
 def _check(depth: Any, dtype: Any) -> None:

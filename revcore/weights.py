@@ -23,11 +23,15 @@ attention           ``query``, ``key``, ``value``, ``out``,  ``kernel`` (in, hea
                     three one below the other, ``out_proj``
 DenseGeneral        ``weight`` (out, in), ``bias`` (out):    axes as they are set
                     several axes flattened into one
+PReLU               ``weight`` (1)                           ``negative_slope`` ()
 anything else       as it is, under its own name             as it is, under its own name
 ==================  =======================================  =========================================================
 
 - Nothing is transposed because of how it looks: layouts go by the layer's type (in a Linen tree without its module, by
   the names that Flax gives; what those leave open is refused).
+- Recurrent cells stay as they are, for none has a counterpart whose parameters map one to one: torch's LSTM, GRU and
+  RNN have two biases a gate, of which Flax has one, their sum (which cannot be parted again, and in a GRU lies inside
+  the reset gate's product, where Flax has no bias); without biases, torch's have fewer than Flax's.
 - A tensor shared between layers appears once, under the first of its names in alphabetical order.
 - ``num_batches_tracked`` of torch's BatchNorm appears only where it has a say, with ``momentum=None``.
 - Leading axes beyond a layer's own are stacked layers (``nnx.vmap``, ``nn.scan``) and stay in front; :func:`stack` and
@@ -52,6 +56,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from revcore.arrays import array_namespace
 from revcore.errors import SpecError
 from revcore.program import Program
 from revcore.step import Chain, Repeat, Step
@@ -174,7 +179,7 @@ def bfloat16() -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def check_tensors(owner: str, expected: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def check_tensors(owner: str, expected: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Refuse ``tensors`` unless they have the names, shapes and kinds of dtype (float, complex, …) of ``expected``.
 
     Precision may differ: what is filled keeps its own dtype.
@@ -198,9 +203,10 @@ def check_tensors(owner: str, expected: Mapping[str, Any], tensors: Mapping[str,
             problems.append(f"{word} {_enumerate(names)}")
     for name in expected:
         if name in tensors:
-            want, came = expected[name], np.asarray(tensors[name])
-            if tuple(want.shape) != came.shape:
-                problems.append(f"{name} came with shape {came.shape}, expected {tuple(want.shape)}")
+            want, came = expected[name], tensors[name]
+            came = came if hasattr(came, "dtype") else np.asarray(came)
+            if tuple(want.shape) != tuple(came.shape):
+                problems.append(f"{name} came with shape {tuple(came.shape)}, expected {tuple(want.shape)}")
             elif _kind(want.dtype) != _kind(came.dtype):
                 problems.append(
                     f"{name} came as {came.dtype}, expected {want.dtype} or another {_kind(want.dtype)} dtype"
@@ -228,13 +234,14 @@ def by_name(owner: str, entries: Iterable[tuple[list[str], T]]) -> dict[str, T]:
     return result
 
 
-def stack(tensors: Mapping[str, np.ndarray], program: Program, prefix: str = "") -> dict[str, np.ndarray]:
+def stack(tensors: Mapping[str, Any], program: Program, prefix: str = "") -> dict[str, Any]:
     """Return the form in which the blocks of each ``Repeat`` stand once, their arrays stacked along new leading axes.
 
     torch has a block for every call, JAX one for every step as written. Names that are no block's stay as they are.
 
     Args:
-        tensors: arrays by name, those of block ``i`` (in running order) under ``f"{prefix}{i}."``.
+        tensors: arrays of NumPy, torch or JAX by name, those of block ``i`` (in running order) under
+            ``f"{prefix}{i}."``.
         program: what runs the blocks.
         prefix: where the network stands within the model, such as ``"body."``.
 
@@ -260,29 +267,29 @@ def stack(tensors: Mapping[str, np.ndarray], program: Program, prefix: str = "")
                     "blocks that repeat have the same names and shapes"
                 )
         for rest, array in first.items():
-            stacked = np.stack([blocks[int(i)][rest] for i in runs.flat])
-            result[f"{prefix}{slot}.{rest}"] = stacked.reshape(runs.shape + array.shape)
+            stacked = array_namespace(array).stack([blocks[int(i)][rest] for i in runs.flat])
+            result[f"{prefix}{slot}.{rest}"] = stacked.reshape(runs.shape + tuple(array.shape))
     return result
 
 
-def unstack(tensors: Mapping[str, np.ndarray], program: Program, prefix: str = "") -> dict[str, np.ndarray]:
+def unstack(tensors: Mapping[str, Any], program: Program, prefix: str = "") -> dict[str, Any]:
     """Return the form in which every block stands apart, in running order: what :func:`stack` was given.
 
     Raises:
         SpecError: an array's leading axes are not those of the program's ``Repeat``.
     """
     blocks, result = _by_block(tensors, prefix, program.num_slots, "unstack")
-    apart: dict[int, dict[str, np.ndarray]] = {}
+    apart: dict[int, dict[str, Any]] = {}
     for slot, runs in enumerate(_runs(program)):
         for rest, array in blocks[slot].items():
-            if array.shape[: runs.ndim] != runs.shape:
+            if tuple(array.shape[: runs.ndim]) != runs.shape:
                 raise SpecError(
-                    f"unstack: {prefix}{slot}.{rest} has shape {array.shape}, expected leading axes {runs.shape}"
+                    f"unstack: {prefix}{slot}.{rest} has shape {tuple(array.shape)}, expected leading axes {runs.shape}"
                 )
         for index in np.ndindex(runs.shape):
-            apart[int(runs[index])] = {rest: array[index] for rest, array in blocks[slot].items()}
+            apart[int(runs[index])] = {rest: array[(*index, ...)] for rest, array in blocks[slot].items()}
     for i in sorted(apart):
-        result |= {f"{prefix}{i}.{rest}": np.asarray(array) for rest, array in apart[i].items()}
+        result |= {f"{prefix}{i}.{rest}": array for rest, array in apart[i].items()}
     return result
 
 
@@ -306,10 +313,10 @@ def _runs(program: Program) -> list[np.ndarray]:
 
 
 def _by_block(
-    tensors: Mapping[str, np.ndarray], prefix: str, count: int, owner: str
-) -> tuple[list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    tensors: Mapping[str, Any], prefix: str, count: int, owner: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Part tensors into those of each block, by the rest of their names, and the others."""
-    blocks: list[dict[str, np.ndarray]] = [{} for _ in range(count)]
+    blocks: list[dict[str, Any]] = [{} for _ in range(count)]
     others = {}
     for name, array in tensors.items():
         match = re.fullmatch(re.escape(prefix) + r"(\d+)\.(.+)", name)

@@ -35,10 +35,10 @@ class Layout:
     ndim: int = 0
     inputs: int = 1
 
-    def to(self, array: np.ndarray) -> np.ndarray:
-        """Return ``array``, in Flax's layout, in the neutral one: a copy."""
+    def to(self, array: Any) -> Any:
+        """Return ``array``, in Flax's layout, in the neutral one: NumPy's copied, JAX's on its device."""
         if self.kind == "same":
-            return np.array(array, order="C")
+            return _compact(array)
         lead, own = array.shape[: array.ndim - self.ndim], array.shape[array.ndim - self.ndim :]
         if self.kind == "matrix":
             array = array.reshape(*lead, math.prod(own[: self.inputs]), math.prod(own[self.inputs :])).swapaxes(-1, -2)
@@ -46,25 +46,29 @@ class Layout:
             array = array.reshape(*lead, math.prod(own))
         else:
             array = self._reversed(array.transpose(self._order(array.ndim)))
-        return np.array(array, order="C")
+        return _compact(array)
 
-    def back(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    def back(self, array: Any, shape: tuple[int, ...]) -> Any:
         """Return ``array``, in the neutral layout, in Flax's, whose shape is ``shape``."""
         if self.kind == "matrix":
             array = array.swapaxes(-1, -2).reshape(shape)
         elif self.kind == "flat":
             array = array.reshape(shape)
         elif self.kind != "same":
-            array = self._reversed(array).transpose(np.argsort(self._order(array.ndim)))
-        return np.array(array, order="C")
+            array = self._reversed(array).transpose([*map(int, np.argsort(self._order(array.ndim)))])
+        return _compact(array)
 
     def _order(self, ndim: int) -> tuple[int, ...]:
         spatial = range(ndim - self.ndim, ndim - 2)
         channels = (ndim - 1, ndim - 2) if self.kind == "conv" else (ndim - 2, ndim - 1)
         return (*range(ndim - self.ndim), *channels, *spatial)
 
-    def _reversed(self, array: np.ndarray) -> np.ndarray:
-        return np.flip(array, tuple(range(2 - self.ndim, 0))) if self.kind == "conv_transpose" else array
+    def _reversed(self, array: Any) -> Any:
+        return array[(..., *(slice(None, None, -1),) * (self.ndim - 2))] if self.kind == "conv_transpose" else array
+
+
+def _compact(array: Any) -> Any:
+    return array if isinstance(array, jax.Array) else np.array(array, order="C")
 
 
 @dataclass
@@ -119,6 +123,8 @@ def layouts_of(layer: Any) -> dict[str, Layout]:
             return {"embedding": Layout(weight)}
         case nnx.BatchNorm() | linen.BatchNorm():
             return {"scale": Layout(weight), "bias": bias, **_STATISTICS}
+        case nnx.PReLU() | linen.PReLU():
+            return {"negative_slope": Layout(weight, "flat")}
         case nnx.LayerNorm() | nnx.RMSNorm() | nnx.GroupNorm() | nnx.InstanceNorm():
             return {"scale": Layout(weight), "bias": bias}
         case linen.LayerNorm() | linen.RMSNorm() | linen.GroupNorm() | linen.InstanceNorm():
@@ -170,6 +176,22 @@ def nnx_entries(module: nnx.Module) -> list[tuple[list[str], Entry]]:
 
     walk(module, (), "", ())
     return list(entries.values())
+
+
+def nnx_modules(module: nnx.Module) -> list[tuple[str, Any]]:
+    """Return the modules within an NNX module and itself, each with the beginning of its arrays' neutral names."""
+    found: list[tuple[str, Any]] = []
+
+    def walk(node: Any, name: str, above: tuple[int, ...]) -> None:
+        if isinstance(node, nnx.Module):
+            found.append((name, node))
+        transparent = _transparent(node)
+        for key, value in _children(node):
+            if not isinstance(value, nnx.Variable) and id(value) not in above:
+                walk(value, name if key in transparent else f"{name}{key}.", (*above, id(node)))
+
+    walk(module, "", ())
+    return found
 
 
 def _children(node: Any) -> Iterator[tuple[str, Any]]:
@@ -276,6 +298,8 @@ def _layouts_by_name(owner: str, tree: Mapping[str, Any], path: Path) -> dict[st
         return {"scale": Layout("weight"), "bias": Layout("bias")}
     if set(arrays) == {"embedding"}:
         return {"embedding": Layout("weight")}
+    if set(arrays) == {"negative_slope"}:
+        return {"negative_slope": Layout("weight", "flat")}
     if not (set(arrays) <= {"kernel", "bias"} and "kernel" in arrays):
         return {}
     kind, ndim = path[-1] if path else "", arrays["kernel"].ndim

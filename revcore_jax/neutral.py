@@ -8,7 +8,7 @@ module.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,25 @@ import numpy as np
 from flax import nnx
 
 from revcore import weights
+from revcore.dlpack import is_carried
 from revcore.errors import SpecError
+from revcore.parity import to_numpy
 from revcore_jax._layout import Entry, LinenLayers, is_leaf, linen_entries, linen_layers, nnx_entries, path_of, value_of
 
 __all__ = ["from_neutral", "linen_layers", "optimizer_from_neutral", "optimizer_to_neutral", "to_neutral"]
 
 
-def to_neutral(module: Any, gradients: Any = None, *, layers: LinenLayers | None = None) -> dict[str, np.ndarray]:
+@overload
+def to_neutral(
+    module: Any, gradients: Any = None, *, host: Literal[True] = ..., layers: LinenLayers | None = None
+) -> dict[str, np.ndarray]: ...
+@overload
+def to_neutral(
+    module: Any, gradients: Any = None, *, host: bool, layers: LinenLayers | None = None
+) -> dict[str, Any]: ...
+def to_neutral(
+    module: Any, gradients: Any = None, *, host: bool = True, layers: LinenLayers | None = None
+) -> dict[str, Any]:
     """Return the parameters and statistics of ``module`` in the neutral form, or its gradients.
 
     Args:
@@ -31,6 +43,8 @@ def to_neutral(module: Any, gradients: Any = None, *, layers: LinenLayers | None
         gradients: a tree of the structure of the parameters (for Linen: of ``variables`` or ``variables["params"]``):
             gradients, an optimizer's moments. They are returned instead, in the same names and layouts; what the tree
             leaves out is absent.
+        host: ``False`` gives JAX arrays that stay on their devices, for ``from_neutral`` of either backend or
+            :mod:`revcore.parity` on the same device.
         layers: for Linen, what :func:`linen_layers` found; without it layouts go by the names in the tree.
 
     Raises:
@@ -42,18 +56,19 @@ def to_neutral(module: Any, gradients: Any = None, *, layers: LinenLayers | None
     """
     entries = _entries("to_neutral", module, layers)
     if gradients is None:
-        return {name: entry.layout.to(np.asarray(value_of(entry.leaf))) for name, entry in entries.items()}
+        return {name: entry.layout.to(_out(value_of(entry.leaf), host)) for name, entry in entries.items()}
     flat = {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(gradients, is_leaf=is_leaf)[0]}
-    return _convert("to_neutral", entries, flat)
+    return _convert("to_neutral", entries, flat, host)
 
 
-def from_neutral(module: Any, tensors: Mapping[str, np.ndarray], *, layers: LinenLayers | None = None) -> Any:
+def from_neutral(module: Any, tensors: Mapping[str, Any], *, layers: LinenLayers | None = None) -> Any:
     """Fill an NNX module in place from the neutral form, or return new Linen variables; each array keeps its dtype.
 
     Args:
         module: the ``nnx.Module`` to fill, or Linen variables of the structure wanted (arrays or their shapes, as
             ``jax.eval_shape(model.init, ...)`` gives them).
-        tensors: what ``to_neutral`` of either backend returned for a module of this structure.
+        tensors: what ``to_neutral`` of either backend returned for a module of this structure; what lies on a device
+            that both reach is handed over there, by DLPack.
         layers: for Linen, what :func:`linen_layers` found.
 
     Returns:
@@ -177,7 +192,9 @@ def _find(by_path: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> Any:
     return by_path.get(path) or by_path.get(("params", *path))
 
 
-def _convert(owner: str, entries: dict[str, Entry], flat: Mapping[tuple[str, ...], Any]) -> dict[str, np.ndarray]:
+def _convert(
+    owner: str, entries: dict[str, Entry], flat: Mapping[tuple[str, ...], Any], host: bool = True
+) -> dict[str, Any]:
     """Return the neutral form of leaves that have the paths and shapes of parameters."""
     by_path = {path: (name, entry) for name, entry in entries.items() for path in entry.paths}
     found = {}
@@ -186,16 +203,31 @@ def _convert(owner: str, entries: dict[str, Entry], flat: Mapping[tuple[str, ...
         if match is None:
             raise SpecError(f"{owner}: the gradients have {'.'.join(path)!r}, which is no parameter of the module")
         name, entry = match
-        array, shape = np.asarray(value_of(leaf)), tuple(value_of(entry.leaf).shape)
+        array, shape = _out(value_of(leaf), host), tuple(value_of(entry.leaf).shape)
         if array.shape != shape:
             raise SpecError(f"{owner}: the gradient {'.'.join(path)!r} came with shape {array.shape}, expected {shape}")
         found[name] = entry.layout.to(array)
     return {name: found[name] for name in entries if name in found}
 
 
-def _restore(entry: Entry, old: Any, tensor: np.ndarray) -> jax.Array:
+def _out(value: Any, host: bool) -> Any:
+    return np.asarray(value) if host else jnp.asarray(value)
+
+
+def _taken(tensor: Any) -> Any:
+    """Return an array of torch or JAX as JAX's on its device, where JAX reaches that; anything else as NumPy's."""
+    if isinstance(tensor, (np.ndarray, np.generic, jax.Array)):
+        return tensor
+    if is_carried(tensor, cuda=jax.default_backend() == "gpu"):
+        array = jnp.from_dlpack(tensor.detach() if hasattr(tensor, "detach") else tensor)
+        return jnp.array(array)  # a copy: whose memory it is may go on writing there
+    return to_numpy(tensor)
+
+
+def _restore(entry: Entry, old: Any, tensor: Any) -> jax.Array:
     """Return ``tensor`` in Flax's layout, with the dtype and, if it has one of its own, the placement of ``old``."""
-    array = entry.layout.back(np.asarray(tensor), tuple(old.shape)).astype(old.dtype)
+    with jax.enable_x64(True):  # else JAX halves 64 bits of torch on their way, without a word
+        array = entry.layout.back(_taken(tensor), tuple(old.shape)).astype(old.dtype)
     return jax.device_put(array, old.sharding) if getattr(old, "committed", False) else jnp.asarray(array)
 
 

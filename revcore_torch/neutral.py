@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import nn
 
 from revcore import weights
+from revcore.dlpack import is_carried
 from revcore.errors import SpecError
 
 
@@ -31,9 +32,17 @@ class _Entry:
         return tensor[self.rows] if tensor.ndim else tensor
 
 
+@overload
 def to_neutral(
-    module: nn.Module, gradients: Literal[True] | Mapping[str, torch.Tensor] | None = None
-) -> dict[str, np.ndarray]:
+    module: nn.Module, gradients: Literal[True] | Mapping[str, torch.Tensor] | None = None, *, host: Literal[True] = ...
+) -> dict[str, np.ndarray]: ...
+@overload
+def to_neutral(
+    module: nn.Module, gradients: Literal[True] | Mapping[str, torch.Tensor] | None = None, *, host: bool
+) -> dict[str, Any]: ...
+def to_neutral(
+    module: nn.Module, gradients: Literal[True] | Mapping[str, torch.Tensor] | None = None, *, host: bool = True
+) -> dict[str, Any]:
     """Return the parameters and buffers of ``module`` in the neutral form, or its gradients.
 
     Args:
@@ -41,9 +50,11 @@ def to_neutral(
         gradients: ``True`` returns the ``.grad`` of each parameter instead, in the same names and layouts; a mapping
             from ``named_parameters()`` names returns its tensors (what ``torch.func.grad`` gives, an optimizer's
             moments). A frozen parameter may lack one; it is absent then, as buffers are.
+        host: ``False`` gives tensors that stay on their devices, for ``from_neutral`` of either backend or
+            :mod:`revcore.parity` on the same device; they may be views of the module's own.
 
     Returns:
-        Copies, on the CPU, in the dtypes of the module.
+        Copies, on the CPU, as NumPy arrays in the dtypes of the module.
 
     Raises:
         SpecError: a parameter that is trained has no gradient, or a gradient has no parameter.
@@ -58,7 +69,7 @@ def to_neutral(
     """
     entries = _entries("to_neutral", module)
     if gradients is None:
-        return {name: _to_numpy(entry.part(entry.tensor)) for name, entry in entries.items()}
+        return {name: _out(entry.part(entry.tensor), host) for name, entry in entries.items()}
     if gradients is True:
         parameters = {entry.path: entry.tensor for entry in entries.values() if isinstance(entry.tensor, nn.Parameter)}
         gradients = {path: p.grad for path, p in parameters.items() if p.grad is not None}
@@ -72,16 +83,17 @@ def to_neutral(
             raise SpecError(
                 f"to_neutral: {entry.path} has no gradient: call backward() first, or freeze it (requires_grad_(False))"
             )
-    return _convert("to_neutral", entries, gradients)
+    return _convert("to_neutral", entries, gradients, host)
 
 
 @torch.no_grad()
-def from_neutral(module: nn.Module, tensors: Mapping[str, np.ndarray]) -> None:
+def from_neutral(module: nn.Module, tensors: Mapping[str, Any]) -> None:
     """Fill the parameters and buffers of ``module`` in place from the neutral form; each keeps its dtype and device.
 
     Args:
         module: the module to fill.
-        tensors: what ``to_neutral`` of either backend returned for a module of this structure.
+        tensors: what ``to_neutral`` of either backend returned for a module of this structure; what lies on a device
+            that both reach is handed over there, by DLPack.
 
     Raises:
         SpecError: a missing or unexpected name, another shape or kind of dtype; nothing has changed then.
@@ -175,7 +187,9 @@ def optimizer_from_neutral(
     optimizer.load_state_dict(data)  # which puts each part where this optimizer wants it
 
 
-def _convert(owner: str, entries: dict[str, _Entry], tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+def _convert(
+    owner: str, entries: dict[str, _Entry], tensors: Mapping[str, torch.Tensor], host: bool = True
+) -> dict[str, Any]:
     """Return the neutral form of ``tensors``, which have the paths and shapes of parameters."""
     shapes = {path: tuple(entry.tensor.shape) for entry in entries.values() for path in entry.paths}
     for path, tensor in tensors.items():
@@ -186,7 +200,7 @@ def _convert(owner: str, entries: dict[str, _Entry], tensors: Mapping[str, torch
     for name, entry in entries.items():
         for path in (path for path in entry.paths[::-1] if path in tensors):
             tensor = tensors[path]
-            result[name] = _to_numpy(entry.part(tensor.to_dense() if tensor.is_sparse else tensor))
+            result[name] = _out(entry.part(tensor.to_dense() if tensor.is_sparse else tensor), host)
     return result
 
 
@@ -248,6 +262,10 @@ def _parts(module: nn.Module, key: str, tensor: torch.Tensor) -> Iterator[tuple[
         yield key, everything
 
 
+def _out(tensor: torch.Tensor, host: bool) -> Any:
+    return _to_numpy(tensor) if host else tensor.detach().resolve_conj().contiguous()
+
+
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu().resolve_conj().contiguous()
     if tensor.dtype == torch.bfloat16:
@@ -255,7 +273,11 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy().copy()
 
 
-def _to_torch(array: np.ndarray) -> torch.Tensor:
+def _to_torch(array: Any) -> torch.Tensor:
+    if isinstance(array, torch.Tensor):
+        return array
+    if not isinstance(array, (np.ndarray, np.generic)) and is_carried(array, cuda=torch.cuda.is_available()):
+        return torch.from_dlpack(array)
     array = np.array(array, order="C")  # a copy: torch wants to write in it
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from rich.progress import Progress
 from torch import nn
 
 from revcore.errors import SpecError
+from revcore.named import load_function
 from revcore.policy import MemoryBudget, Policy
 from revcore_torch import zoo
 from revcore_torch.planner import Plan, name_of, plan
@@ -87,17 +87,8 @@ def find(name: str) -> Callable[..., Any]:
     """
     if name in zoo.MODELS:
         return zoo.MODELS[name]
-    module, _, attribute = name.partition(":")
-    expected = f"expected {', '.join(zoo.MODELS)}, or a function of yours as package.module:function"
-    if not attribute:
-        raise SpecError(f"MODEL came as {name!r}, {expected}")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise SpecError(f"MODEL came as {name!r}, {expected}: {error}") from error
-    return found
+    expected = f"{', '.join(zoo.MODELS)}, or a function of yours as package.module:function"
+    return load_function(name, "MODEL", expected)
 
 
 def build(

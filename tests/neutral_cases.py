@@ -143,6 +143,13 @@ LAYERS = [
         integer=True,
     ),
     Case(
+        "prelu",
+        lambda: nn.PReLU(),
+        lambda rngs: nnx.PReLU(param_dtype=F64),
+        lambda: linen.PReLU(param_dtype=F64),
+        (2, 3, 6),
+    ),
+    Case(
         "attention",
         lambda: TorchAttention(6, 2, batch_first=True),
         lambda rngs: nnx.MultiHeadAttention(2, 6, attention_fn=attend, decode=False, param_dtype=F64, rngs=rngs),

@@ -275,3 +275,10 @@ def test_help_of_plan_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     out = capsys.readouterr().out
     for word in ("--depth", "--batch", "--budget", "--picture", "held", "peak", "Examples", "plan transformer"):
         assert word in out
+
+
+def test_help_of_parity_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "parity", "--help") == 0
+    out = capsys.readouterr().out
+    for word in ("--shape", "--own-weights", "--dtype", "the first step", "Exit code", "Examples", "two_frameworks"):
+        assert word in out

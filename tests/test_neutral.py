@@ -279,3 +279,56 @@ def test_num_batches_tracked_only_where_it_has_a_say() -> None:
     fresh = nn.BatchNorm1d(2, momentum=None)  # type: ignore[arg-type]
     torch_neutral.from_neutral(fresh, tensors)
     assert int(fresh.num_batches_tracked) == 1  # type: ignore[arg-type]
+
+
+def test_weights_go_from_framework_to_framework_on_their_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By DLPack, both ways, bit for bit, with nothing brought to the host, into memory of their own."""
+    expected = torch_neutral.to_neutral(source := TorchModel())
+    target = nnx_model()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an array was copied to the host")
+
+    with monkeypatch.context() as patch:
+        for name in ("cpu", "numpy", "__array__"):
+            patch.setattr(torch.Tensor, name, refuse)
+        patch.setattr("revcore_jax.neutral.to_numpy", refuse)
+        with pytest.raises(AssertionError, match="copied to the host"):
+            torch_neutral.to_neutral(source)
+        jax_neutral.from_neutral(target, torch_neutral.to_neutral(source, host=False))
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.zero_()
+        there = jax_neutral.to_neutral(target, host=False)
+        assert all(isinstance(array, jax.Array) for array in there.values())
+        torch_neutral.from_neutral(source, there)
+    for tensors in (jax_neutral.to_neutral(target), torch_neutral.to_neutral(source)):
+        assert sorted(tensors) == sorted(expected)
+        for name, array in tensors.items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_torchs_64_bits_are_not_halved_on_their_way_into_jax() -> None:
+    assert not jax.config.jax_enable_x64
+    source = nn.Linear(3, 2).double()
+    with jax.enable_x64(True):
+        target = nnx.Linear(3, 2, param_dtype=np.float64, rngs=nnx.Rngs(0))
+    jax_neutral.from_neutral(target, torch_neutral.to_neutral(source, host=False))
+    np.testing.assert_array_equal(jax_neutral.to_neutral(target)["weight"], source.weight.detach().numpy())
+
+
+def test_blocks_are_stacked_and_parted_on_their_device() -> None:
+    from revcore.weights import stack, unstack
+
+    program = revcore.Program([revcore.Repeat(revcore.Repeat(revcore.Couple(0, 1), 2), 3)])
+    apart = {
+        f"{i}.{name}": array for i in range(6) for name, array in {"w": np.full((2, 2), i), "b": np.full((), i)}.items()
+    }
+    for make, kind in ((torch.from_numpy, torch.Tensor), (jnp.asarray, jax.Array), (np.asarray, np.ndarray)):
+        stacked = stack({name: make(array) for name, array in apart.items()}, program)
+        assert {name: tuple(array.shape) for name, array in stacked.items()} == {"0.w": (3, 2, 2, 2), "0.b": (3, 2)}
+        parted = unstack(stacked, program)
+        assert all(isinstance(array, kind) for array in (*stacked.values(), *parted.values()))
+        assert sorted(parted) == sorted(apart)
+        for name, array in apart.items():
+            np.testing.assert_array_equal(np.asarray(parted[name]), array)

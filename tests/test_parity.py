@@ -163,6 +163,100 @@ def test_arrays_of_any_library_by_dlpack() -> None:
     assert_close(OnlyDlpack(np.arange(3.0)), np.arange(3.0))
 
 
+@pytest.fixture
+def no_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would bring an array to the host, where NumPy sees it, fails."""
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an array was copied to the host")
+
+    for name in ("cpu", "numpy", "__array__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    monkeypatch.setattr(type(jax.numpy.ones(1)), "__array__", refuse)
+    monkeypatch.setattr("revcore.parity.to_numpy", refuse)  # NumPy sees JAX's memory on a CPU without asking it
+
+
+@pytest.mark.usefixtures("no_host")
+@pytest.mark.parametrize("order", [1, -1], ids=["torch against JAX", "JAX against torch"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "complex64", "int32", "bool"])
+def test_arrays_on_one_device_are_measured_there(dtype: str, order: int) -> None:
+    import jax
+    import torch
+
+    with jax.enable_x64(True):
+        right = jax.numpy.asarray([[1, 0, 1], [1, 1, 0]]).astype(dtype)
+    kind = getattr(torch, dtype)
+    left = torch.tensor([[1, 0, 1], [1, 1, 1]]).to(kind).requires_grad_(kind.is_floating_point or kind.is_complex)
+    report = compare(*(gradients({"w": x}) for x in (left, right)[::order]))
+    assert report.gradient_error == pytest.approx(1 / math.sqrt(4 if order == 1 else 5))
+    assert not report.problems
+
+
+@pytest.mark.usefixtures("no_host")
+def test_the_test_above_would_notice() -> None:
+    import jax
+    import torch
+
+    for array in (jax.numpy.ones(2), torch.ones(2)):
+        with pytest.raises(AssertionError, match="copied to the host"):
+            compare(gradients({"w": array}), gradients({"w": np.ones(2)}))
+
+
+def test_float64_is_not_halved_on_its_way() -> None:
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    assert not jax.config.jax_enable_x64
+    left, right = torch.full((3,), 1 + 1e-12, dtype=torch.float64), jax.numpy.ones(3)
+    for a, b in ((left, right), (right, left)):
+        error = compare(gradients({"w": a}), gradients({"w": b})).gradient_error
+        assert error == pytest.approx(1e-12, rel=1e-3)
+
+
+@pytest.mark.usefixtures("no_host")
+def test_two_arrays_of_jax_off_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which is made believe: in float64 though x64 is off, and on the device."""
+    import jax
+
+    monkeypatch.setattr("revcore.arrays._is_on_cpu", lambda array: False)
+    big = jax.numpy.full(4, 1e30)  # whose squares float32 cannot hold
+    report = compare(gradients({"w": big * 2}), gradients({"w": big}))
+    assert report.gradient_error == pytest.approx(1)
+    bad = compare(gradients({"w": big * np.float32(np.nan)}), gradients({"w": big}))
+    assert bad.problems == ("gradient w is not finite in a",)
+
+
+def test_arrays_without_a_common_device() -> None:
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    from revcore.dlpack import is_carried, on_one_device
+
+    eight = jax.numpy.asarray([1.0, 2.0]).astype("float8_e4m3fn")  # which DLPack does not carry everywhere
+    assert on_one_device(eight, torch.ones(2)) is None
+    assert compare(gradients({"w": eight}), gradients({"w": torch.tensor([1.0, 2.0])})).ok
+    assert on_one_device(torch.ones(2, device="meta"), jax.numpy.ones(2)) is None
+    assert not is_carried(eight, cuda=False)
+
+    class OnCuda(OnlyDlpack):
+        dtype = np.dtype("float32")
+
+        def __dlpack_device__(self) -> Any:
+            return 2, 0
+
+    assert is_carried(OnCuda(np.ones(2)), cuda=True)
+    assert not is_carried(OnCuda(np.ones(2)), cuda=False)
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_what_lies_on_it(no_host: None) -> None:
+    import jax
+    import torch
+
+    if not torch.cuda.is_available() or jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU that both torch and JAX see")
+    left, right = torch.full((1000,), 1 + 2.0**-20, device="cuda"), jax.numpy.ones(1000)
+    for a, b in ((left, right), (right, left), (left, torch.ones_like(left)), (right * left.mean().item(), right)):
+        assert compare(gradients({"w": a}), gradients({"w": b})).gradient_error == pytest.approx(2.0**-20, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -13,6 +13,7 @@ TORCH, JAX, NNX, LINEN = "revcore_torch", "revcore_jax", "revcore_jax.nnx", "rev
 
 # A name on the right takes the place of the one on the left; None: there is none on that side.
 EXCEPTIONS: dict[str, dict[str | None, str | None]] = {
+    "same": {},
     "function": {None: "params"},  # torch's blocks hold theirs
     "neutral": {None: "layers"},  # Linen's variables do not tell what they belong to
     # random numbers come from keys in JAX
@@ -33,6 +34,9 @@ PAIRS = [
     (TORCH, "inverse", JAX, "inverse", "function"),
     (TORCH, "to_neutral", JAX, "to_neutral", "neutral"),
     (TORCH, "from_neutral", JAX, "from_neutral", "neutral"),
+    (f"{TORCH}.parity", "record", f"{JAX}.parity", "record", "same"),
+    (f"{TORCH}.parity", "parameters", f"{JAX}.parity", "parameters", "same"),
+    (f"{TORCH}.parity", "programs", f"{JAX}.parity", "programs", "same"),
     (TORCH, "ReversibleSequential.__init__", NNX, "ReversibleSequential.__init__", "module"),
     (TORCH, "ReversibleSequential.forward", NNX, "ReversibleSequential.__call__", "module"),
     (TORCH, "ReversibleSequential.inverse", NNX, "ReversibleSequential.inverse", "module"),
