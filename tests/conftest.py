@@ -21,6 +21,11 @@ settings.load_profile("revcore")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if os.environ.get("REVCORE_TEST_GPU") != "1":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+    # Less than half the time for compiling small programs, in processes that tests start too. A test whose subject is
+    # what XLA makes of a program asks for the default again (``AS_USERS_COMPILE`` of helpers.py).
+    quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from revcore.parity import Record, compare
+
+# ``compiler_options`` that undo conftest.py's XLA_FLAGS: XLA's own defaults on the CPU.
+AS_USERS_COMPILE = (
+    {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
+    if os.environ.get("JAX_PLATFORMS") == "cpu"
+    else None
+)
 
 
 def flat(tree: Any, name: str = "") -> dict[str, Any]:

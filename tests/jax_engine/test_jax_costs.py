@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import AS_USERS_COMPILE, assert_close
 from jax.ad_checkpoint import checkpoint_name
 
 import revcore_jax
@@ -149,7 +149,7 @@ def test_what_the_backward_pass_does_not_use_is_not_kept() -> None:
 
 
 def temporary(run: Any, given: Any, policy: Any) -> int:
-    analysis = jax.jit(gradient(run, policy)).lower(*given).compile().memory_analysis()
+    analysis = jax.jit(gradient(run, policy)).lower(*given).compile(AS_USERS_COMPILE).memory_analysis()
     if analysis is None:
         pytest.skip("this platform analyses no memory")
     return analysis.temp_size_in_bytes

@@ -8,7 +8,6 @@ tree), and under jit in float32 (≤ 16·depth·eps, against float64).
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,10 +37,6 @@ from plain_network import (
 )
 
 from revcore import Checkpoint, Reverse, StoreAll
-
-# on the CPU this halves the time that compiling takes
-QUICK = {"xla_cpu_use_fusion_emitters": False} if os.environ.get("JAX_PLATFORMS") == "cpu" else None
-compiled = partial(jax.jit, compiler_options=QUICK)
 
 Case = Callable[[Net, Any, Any], Any]
 CASES: dict[str, Case] = {}
@@ -405,7 +400,7 @@ def by_hand(name: str, kind: Kind) -> Any:
 def test_transform(name: str, mode: str, kind: Kind) -> None:
     dtype, *jit = mode.split()
     run = partial(CASES[name], Net(kind, ours=True))
-    got = (compiled(run) if jit else run)(*arrays(kind, dtype))
+    got = (jax.jit(run) if jit else run)(*arrays(kind, dtype))
     assert_equal_networks(got, by_hand(name, kind), dtype)
 
 
@@ -430,7 +425,7 @@ def under(name: str, context: Callable[[], Any], jit: bool = True) -> None:
 
     def run(f: Callable[..., Any], p: Any, x: Any) -> list[Any]:
         with context():
-            return [(compiled(f) if jit else f)(p, x)]
+            return [(jax.jit(f) if jit else f)(p, x)]
 
     OUTSIDE[name] = run
 
@@ -447,13 +442,13 @@ under("checking_leaks", jax.checking_leaks)
 @outside("AOT, of arrays and of shapes alone")
 def _(f: Callable[..., Any], p: Any, x: Any) -> list[Any]:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (p, x))
-    return [compiled(f).trace(*given).lower().compile()(p, x) for given in ((p, x), shapes)]
+    return [jax.jit(f).trace(*given).lower().compile()(p, x) for given in ((p, x), shapes)]
 
 
 @outside("donation")
 def _(f: Callable[..., Any], p: Any, x: Any) -> list[Any]:
     p, x = jax.tree.map(jnp.copy, (p, x))
-    result = compiled(f, donate_argnums=(0, 1))(p, x)
+    result = jax.jit(f, donate_argnums=(0, 1))(p, x)
     assert all(a.is_deleted() for a in jax.tree.leaves((p, x)))  # as many gradients as arguments: each in its place
     return [result]
 
@@ -477,7 +472,7 @@ def _(f: Callable[..., Any], p: Any, x: Any) -> list[Any]:
     def work(i: int) -> None:
         with jax.enable_x64(True):  # a thread has its own
             together.wait()
-            results[i] = compiled(lambda p, x: f(p, x))(p, x)
+            results[i] = jax.jit(lambda p, x: f(p, x))(p, x)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     for thread in threads:
@@ -522,7 +517,7 @@ def test_refused(name: str, jit: bool, kind: Kind) -> None:
     run, message = REFUSED[name]
     run = partial(run, Net(kind, ours=True))
     with pytest.raises(TypeError, match=message):
-        (compiled(run) if jit else run)(*arrays(kind))
+        (jax.jit(run) if jit else run)(*arrays(kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -571,7 +566,7 @@ def test_callbacks_run_with_each_evaluation(jit: bool, kind: Kind, capfd: pytest
     for name, policy in {"reverse": Reverse(), "stored": StoreAll()}.items():
         calls.clear()
         run = gradient(Net(kind, ours=True), block=block, policy=policy)
-        got = (compiled(run) if jit else run)(*arrays(kind))
+        got = (jax.jit(run) if jit else run)(*arrays(kind))
         jax.effects_barrier()
         seen[name] = len(calls)
         assert capfd.readouterr().out.count("a block ran") == len(calls)
@@ -591,7 +586,7 @@ def test_blocks_are_traced_once_for_equal_shapes(kind: Kind) -> None:
     eager = gradient(net, block=block)
     eager(p, x)
     first = len(calls)
-    for run in (eager, compiled(eager)):  # under jit, what the eager call traced is at hand as well
+    for run in (eager, jax.jit(eager)):  # under jit, what the eager call traced is at hand as well
         for _ in range(3):
             run(p, x)
     assert len(calls) == first
@@ -605,7 +600,7 @@ def test_names_are_retained_in_both_passes(kind: Kind) -> None:
         with jax.named_scope("my_scope"):
             return mlp(q, x)
 
-    text = compiled(gradient(Net(kind, ours=True), block=block)).lower(*arrays(kind)).compile().as_text()
+    text = jax.jit(gradient(Net(kind, ours=True), block=block)).lower(*arrays(kind)).compile().as_text()
     assert text is not None
     names = [line for line in text.splitlines() if "op_name" in line and "my_scope" in line]
     assert [n for n in names if "transpose" in n]
@@ -617,7 +612,7 @@ def test_names_are_retained_in_both_passes(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_x64_on_and_off_in_one_process(kind: Kind) -> None:
-    run = compiled(gradient(Net(kind, ours=True)))
+    run = jax.jit(gradient(Net(kind, ours=True)))
     for on in (True, False, True):
         with jax.enable_x64(on):
             dtype = "float64" if on else "float32"
@@ -634,7 +629,7 @@ def test_bfloat16_blocks_over_float32_streams(jit: bool, kind: Kind) -> None:
 
     ours, plain = (gradient(Net(kind, ours), block=block) for ours in (True, False))
     given = arrays(kind, np.float32)
-    got, want = (compiled(f) if jit else f for f in (ours, plain))
+    got, want = (jax.jit(f) if jit else f for f in (ours, plain))
     got, want = got(*given), want(*given)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(got)} == {"float32"}
     assert tree_error(got, want) <= 1e-2  # a rebuilt stream may round to the other bfloat16
@@ -653,7 +648,7 @@ def test_weak_types(jit: bool, kind: Kind) -> None:
     results = []
     for ours in (True, False):
         f = jax.value_and_grad(partial(run, Net(kind, ours)), argnums=(0, 1))
-        results.append((compiled(f) if jit else f)(arrays(kind)[0], 0.25))
+        results.append((jax.jit(f) if jit else f)(arrays(kind)[0], 0.25))
     assert tree_error(*results) <= 1e-12
 
 
@@ -662,7 +657,7 @@ def test_weak_types(jit: bool, kind: Kind) -> None:
 def test_an_empty_batch(jit: bool, kind: Kind) -> None:
     run, (p, x) = gradient(Net(kind, ours=True)), arrays(kind)
     empty = jax.tree.map(lambda a: a[:0], x)
-    value, grads = (compiled(run) if jit else run)(p, empty)
+    value, grads = (jax.jit(run) if jit else run)(p, empty)
     assert value == 0
     assert jax.tree.map(jnp.shape, grads) == jax.tree.map(jnp.shape, (p, empty))
     assert all((g == 0).all() for g in jax.tree.leaves(grads))
@@ -675,7 +670,7 @@ def test_an_empty_batch(jit: bool, kind: Kind) -> None:
 def test_a_slightly_wrong_network_is_noticed(mode: str) -> None:
     p, x = arrays("chain", mode)
     net = Net("chain", ours=True)
-    wrong = compiled(gradient(net, block=lambda q, z: mlp(q, z) * (1 + 1e-4)))(p, x)
+    wrong = jax.jit(gradient(net, block=lambda q, z: mlp(q, z) * (1 + 1e-4)))(p, x)
     with pytest.raises(AssertionError):
         assert_equal_networks(wrong, by_hand("grad", "chain"), mode)
 

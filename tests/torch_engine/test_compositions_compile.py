@@ -32,6 +32,7 @@ SETTINGS = {
     "momentum": Setting(coupling=revcore.Momentum(0.9), update=lambda x, f: 0.9 * x + (1 - 0.9) * f),
     "a policy for each step": Setting([Reverse(), Reverse(), StoreAll(), Checkpoint(), Reverse()]),
 }
+SHORT = 3  # a first block, one between and a last: what compiling takes grows with depth
 
 
 @pytest.fixture(autouse=True)
@@ -79,15 +80,15 @@ def test_one_graph(model):
 def test_affine_in_one_graph() -> None:
     from harness import EVERYTHING
 
-    check(train_compiled, block, EVERYTHING["affine"])
+    check(train_compiled, block, EVERYTHING["affine"], SHORT)
 
 
-@one.same("with dropout, in evaluation mode", settings=REVERSE)
+@one.same("with dropout, in evaluation mode", settings=REVERSE, depth=SHORT)
 def test_evaluation(model):
     return train_compiled(model.eval())
 
 
-@one.same("with batch statistics, in evaluation mode", make=batch_norm_block, settings=REVERSE)
+@one.same("with batch statistics, in evaluation mode", make=batch_norm_block, settings=REVERSE, depth=SHORT)
 def test_evaluation_statistics(model):
     return train_compiled(model.eval())
 
@@ -114,7 +115,7 @@ class Scaled(nn.Module):
         return f if shift is None else f + shift["by"]
 
 
-@one.same("nested arguments with gradients", make=Scaled, settings=REVERSE)
+@one.same("nested arguments with gradients", make=Scaled, settings=REVERSE, depth=SHORT)
 def test_arguments(model):
     a, b = torch.full((WIDTH,), 0.5, dtype=torch.float64, requires_grad=True), make_input(width=WIDTH)
     x = make_input()
@@ -123,9 +124,9 @@ def test_arguments(model):
     return [x.grad, a.grad, b.grad]
 
 
-@one.same("arguments for each block", make=Scaled, settings=REVERSE)
+@one.same("arguments for each block", make=Scaled, settings=REVERSE, depth=SHORT)
 def test_compiled_layerwise(model):
-    each = [torch.full((WIDTH,), float(i), dtype=torch.float64, requires_grad=True) for i in range(5)]
+    each = [torch.full((WIDTH,), float(i), dtype=torch.float64, requires_grad=True) for i in range(len(model))]
     x = make_input()
     y = compile_whole(model)(x, layerwise_args_kwargs=[(((e, 1.0),), {}) for e in each])
     y.pow(2).sum().backward()
@@ -140,7 +141,7 @@ def test_tied_and_frozen(model):
     return train_compiled(model)
 
 
-@one.same("autocast around it", make=block, settings={"reverse": Setting(tolerance=3e-2)})
+@one.same("autocast around it", make=block, settings={"reverse": Setting(tolerance=3e-2)}, depth=SHORT)
 def test_autocast(model):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = compile_whole(model.float())(make_input().detach().float())
@@ -148,7 +149,7 @@ def test_autocast(model):
     return [y]
 
 
-@one.same("the batch as a dynamic size", make=block, settings=REVERSE)
+@one.same("the batch as a dynamic size", make=block, settings=REVERSE, depth=SHORT)
 def test_dynamic(model):
     run = compile_whole(model, dynamic=True)
     found = []
@@ -269,12 +270,12 @@ def test_compiled_statistics(model):
     return [x.grad]
 
 
-@two.same("a whole training step: forward, backward and optimizer", settings=REVERSE)
+@two.same("a whole training step: forward, backward and optimizer", settings=REVERSE, depth=SHORT)
 def test_training_step(model):
     return _steps(model)
 
 
-@two.same("a whole training step of blocks that only compute", make=block, settings=REVERSE)
+@two.same("a whole training step of blocks that only compute", make=block, settings=REVERSE, depth=SHORT)
 def test_training_step_in_a_graph(model):
     return _steps(model)
 
