@@ -24,6 +24,7 @@ from revcore.policy import Segment, StepPolicy, StoreAll, segments
 from revcore.program import Program
 from revcore.step import Anchor, Couple
 from revcore_torch import detect, outside, replay
+from revcore_torch.drift import warn_once
 from revcore_torch.keep import Kept, on_host
 from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, run_plain, tensors_within, version
 
@@ -487,6 +488,8 @@ def run(
     plan = segments(
         [not isinstance(step, Anchor) for step in program.unrolled], policy if _can_record() else StoreAll()
     )
+    if any(segment.kind == "reverse" for segment in plan):
+        warn_once(program, [s.dtype for s in streams], policy)
     if all(segment.kind == "store" for segment in plan):
         return _run_plan(plan, calls, streams, arguments, [])
     tapes: list[Tape] = []
