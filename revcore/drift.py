@@ -156,7 +156,7 @@ def amplification(
 
     >>> import revcore
     >>> [f"{revcore.amplification(revcore.revnet(64, c)).worst:.0e}" for c in (None, revcore.Momentum(0.5))]
-    ['2e-06', '1e+06']
+    ['6e-06', '2e+06']
     >>> revcore.amplification(revcore.revnet(64), "bfloat16").level
     'error'
     """
@@ -190,7 +190,7 @@ def remedy(program: Program, dtype: str, policy: Policy, asarray: Callable[[Any]
 
     >>> import revcore
     >>> print(remedy(revcore.revnet(64), "bfloat16", Reverse()))
-    float32 streams (blocks may stay in bfloat16; predicted 2e-06); policy=Reverse(anchor_every=16) (predicted 7e-03); \
+    float32 streams (blocks may stay in bfloat16; predicted 6e-06); policy=Reverse(anchor_every=2) (predicted 6e-03); \
 float32 streams and program.exact() (no error)
     """
 
@@ -235,20 +235,17 @@ def _words(program: Program, dtypes: Sequence[Any], policy: Policy, asarray: Cal
         return None
     if report.worst <= WARN:
         return None
+    block = max(range(len(report.gradient)), key=report.gradient.__getitem__)
     return (
-        f"{len(report.steps)} steps rebuilt in {dtype} lose digits: the first steps' inputs come back off by "
-        f"{_size(max(report.reconstruction))}, and the gradient of block {_at(report.gradient)} by "
-        f"{_size(report.worst)} (predicted, relative). Instead: {remedy(program, dtype, policy, asarray)}. See "
-        "docs/numerics.md; revcore.amplification(program, dtype) shows it by step"
+        f"this program of {len(report.steps)} steps, run back in {dtype}, is predicted to rebuild its streams with a "
+        f"relative error of {_size(max(report.reconstruction))}, and to give block {block} a gradient with one of "
+        f"{_size(report.worst)}. Instead: {remedy(program, dtype, policy, asarray)}. By step: "
+        f"revcore.amplification(program, {dtype!r}); docs/numerics.md says more"
     )
 
 
 def _size(error: float) -> str:
-    return f"{error:.1e}" if error < 1 else "all of it"
-
-
-def _at(errors: Sequence[float]) -> int:
-    return max(range(len(errors)), key=errors.__getitem__)
+    return f"{error:.0e}" if error < 1 else "1 or more"
 
 
 _warned: set[Any] = set()

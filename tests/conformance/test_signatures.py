@@ -14,6 +14,7 @@ TORCH, JAX, NNX, LINEN = "revcore_torch", "revcore_jax", "revcore_jax.nnx", "rev
 # A name on the right takes the place of the one on the left; None: there is none on that side.
 EXCEPTIONS: dict[str, dict[str | None, str | None]] = {
     "function": {None: "params"},  # torch's blocks hold theirs
+    "probe": {},
     "neutral": {None: "layers"},  # Linen's variables do not tell what they belong to
     # random numbers come from keys in JAX
     "module": {"split_dim": "axis", "modules": "blocks", "input": "x", "output": "y", None: "rngs"},
@@ -31,6 +32,7 @@ OWN_DEFAULTS = {"split_dim", "axis", "layers", "modules"}
 PAIRS = [
     (TORCH, "reversible", JAX, "reversible", "function"),
     (TORCH, "inverse", JAX, "inverse", "function"),
+    (TORCH, "DriftProbe.__init__", JAX, "DriftProbe.__init__", "probe"),
     (TORCH, "to_neutral", JAX, "to_neutral", "neutral"),
     (TORCH, "from_neutral", JAX, "from_neutral", "neutral"),
     (TORCH, "ReversibleSequential.__init__", NNX, "ReversibleSequential.__init__", "module"),
@@ -99,6 +101,7 @@ def test_names_that_both_offer() -> None:
         "reversible",
         "inverse",
         "check_inverse",
+        "DriftProbe",
         "to_neutral",
         "from_neutral",
         "Reverse",
