@@ -11,25 +11,36 @@ import jax.numpy as jnp
 from revcore.drift import foresee, warn_of_drift
 from revcore.policy import Policy
 from revcore.program import Program
+from revcore_jax.trees import is_inexact
 
 
-def watched(program: Program, policy: Policy, streams: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return ``streams``, whose first derivative warns where gradients are predicted to be off by more than 1 %."""
+def watched(program: Program, policy: Policy, streams: tuple[Any, ...], given: Any) -> Any:
+    """Return ``given``, whose first derivative warns where gradients are predicted to be off by more than 1 %.
+
+    ``given`` is all that gets a gradient: a network's first streams often get none.
+    """
     dtypes = tuple(stream.dtype.name for stream in streams)
     with jax.ensure_compile_time_eval():
         words = foresee(program, dtypes, policy, jnp.asarray)
-    return streams if words is None else _watched((program, dtypes, policy, words), streams)
+    if words is None:
+        return given
+    leaves, tree = jax.tree.flatten(given)
+    places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+    through = _watched((program, dtypes, policy, words), [leaves[i] for i in places])
+    for i, leaf in zip(places, through, strict=True):
+        leaves[i] = leaf
+    return jax.tree.unflatten(tree, leaves)
 
 
 # Only what is differentiated is rebuilt, and JAX tells nobody else.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _watched(warning: Any, streams: Any) -> Any:
-    return streams
+def _watched(warning: Any, leaves: Any) -> Any:
+    return leaves
 
 
-def _forward(warning: Any, streams: Any) -> Any:
+def _forward(warning: Any, leaves: Any) -> Any:
     warn_of_drift(*warning)
-    return streams, None
+    return leaves, None
 
 
 _watched.defvjp(_forward, lambda warning, _, g: (g,))

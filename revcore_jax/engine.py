@@ -119,7 +119,8 @@ def reversible(
     slots, shared = probe(program, slots, theta, shared, start)
     run = _run_plainly
     if isinstance(policy, Reverse):
-        run, start = _run_reversed, watched(program, policy, start)
+        run = _run_reversed
+        theta, shared, start = watched(program, policy, start, (theta, shared, start))
     out, aux = run(make_plan(program.steps, policy), slots, theta, shared, start)
     result = tuple(out[i] for i in program.output)
     return (result, list(aux)) if any(aux) else result
