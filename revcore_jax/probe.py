@@ -81,7 +81,7 @@ class DriftProbe(Probe):
         end, taken = _forth_jit(step, slots, each, theta, shared, streams)
         _, sums = _back_jit(step, slots, each, theta, shared, end, taken)
         errors = [
-            combined([(*map(float, pair), int(n), int(size)) for *pair, n, size in row]) for row in np.asarray(sums)
+            combined([(float(e), float(s), int(n), int(size)) for e, s, n, size in row]) for row in np.asarray(sums)
         ]
         self._note(self.calls - 1, errors, max((dtype_name(s.dtype) for s in streams), key=EPS.__getitem__), Reverse())
         return self.report()
