@@ -122,7 +122,7 @@ def measure(coupling: str, dtype: str, depth: int, fresh: bool = False, seed: in
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DriftWarning)  # what is measured here
             out = reversible(program, blocks, streams, policy=policy)
-        sum((o * w).sum() for o, w in zip(out, weights, strict=True)).backward()
+        torch.stack([(o * w).sum() for o, w in zip(out, weights, strict=True)]).sum().backward()
         found = [torch.cat([p.grad.double().flatten() for p in b.parameters() if p.grad is not None]) for b in blocks]
         for block in blocks:
             block.zero_grad()
@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, list[Cell]] = {kind: [] for kind in kinds}
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, transient=True) as progress:
-        grid = list(product(kinds, COUPLINGS, DTYPES, options.depths))
+        grid = [(*cell, depth) for depth in options.depths for cell in product(kinds, COUPLINGS, DTYPES)]
         task = progress.add_task("", total=sum(depth for *_, depth in grid))
         for kind, coupling, dtype, depth in grid:
             progress.update(task, description=f"{coupling}, {dtype}, {depth}")

@@ -26,7 +26,7 @@ def watched(program: Program, policy: Policy, streams: tuple[Any, ...], given: A
         return given
     leaves, tree = jax.tree.flatten(given)
     places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
-    through = _watched((program, dtypes, policy, words), [leaves[i] for i in places])
+    through: Any = _watched((program, dtypes, policy, words), [leaves[i] for i in places])
     for i, leaf in zip(places, through, strict=True):
         leaves[i] = leaf
     return jax.tree.unflatten(tree, leaves)
