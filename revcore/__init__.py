@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from revcore.coupling import BDIA, Additive, Affine, Coupling, LinearCoupling, Momentum
+from revcore.drift import DriftReport, DriftWarning, amplification
 from revcore.errors import InversionError, SpecError
 from revcore.exact import Exact
 from revcore.policy import Checkpoint, MemoryBudget, Policy, Reverse, StoreAll
@@ -42,6 +43,8 @@ __all__ = [
     "Couple",
     "Coupling",
     "CouplingReport",
+    "DriftReport",
+    "DriftWarning",
     "Exact",
     "InverseReport",
     "InversionError",
@@ -55,6 +58,7 @@ __all__ = [
     "SpecError",
     "Step",
     "StoreAll",
+    "amplification",
     "bdia",
     "check_coupling",
     "grouped",

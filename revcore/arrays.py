@@ -78,6 +78,18 @@ def divided(integers: Any, by: int) -> tuple[Any, Any]:
     return quotient, integers - quotient * by
 
 
+def widened(f: Any, stream: Any) -> Any:
+    """Return a block's output, or its parts, in the stream's dtype where it is narrower.
+
+    >>> import numpy
+    >>> widened((numpy.ones(1, "f2"), numpy.ones(1, "f8")), numpy.ones(1, "f4"))
+    (array([1.], dtype=float32), array([1.]))
+    """
+    if isinstance(f, tuple):
+        return tuple(widened(part, stream) for part in f)
+    return as_type(f, stream.dtype) if f.dtype.itemsize < stream.dtype.itemsize else f
+
+
 def constant(array: Any) -> Any:
     """Return the values of ``array``, through which no derivative flows.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from revcore.arrays import array_namespace
+from revcore.arrays import array_namespace, widened
 from revcore.errors import SpecError
 
 
@@ -291,15 +291,15 @@ class Affine(Coupling):
     num_outputs: ClassVar[int] = 2
 
     def forward(self, x: Any, f: Any) -> Any:
-        log_scale, shift = f
+        log_scale, shift = widened(f, x)  # exp(ls)·exp(−ls) = 1 to the stream's rounding, not to a narrower block's
         return x * array_namespace(log_scale).exp(log_scale) + shift
 
     def inverse(self, y: Any, f: Any) -> Any:
-        log_scale, shift = f
+        log_scale, shift = widened(f, y)
         return (y - shift) * array_namespace(log_scale).exp(-log_scale)
 
     def vjp(self, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
-        log_scale, _ = f
+        log_scale, _ = widened(f, x)
         gx = gy * array_namespace(log_scale).exp(log_scale)
         return gx, (gx * x, gy)
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
-from revcore.arrays import arange, array_namespace, as_type, constant, divided, straight
+from revcore.arrays import arange, array_namespace, as_type, constant, divided, straight, widened
 from revcore.coupling import Coupling, LinearCoupling
 from revcore.errors import SpecError
 from revcore.lattice import Lattice
@@ -112,7 +112,7 @@ class Exact(Coupling):
         return self._digit_bits + self.guard
 
     def forward(self, x: Any, f: Any) -> Any:
-        f = _widened(f, x)
+        f = widened(f, x)
         y = self._multiply(x)[0] + self.lattice.round(self.coupling.push(f))
         return straight(y, lambda: self.coupling.forward(x, f))
 
@@ -122,13 +122,13 @@ class Exact(Coupling):
                 f"{self}: the inverse needs the digits that a forward pass keeps for its backward pass, and they are "
                 "not in the output"
             )
-        return self._rebuilt(y, _widened(f, y), None, None)
+        return self._rebuilt(y, widened(f, y), None, None)
 
     def vjp(self, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
         return self.coupling.vjp(x, f, gy)
 
     def advance(self, x: Any, f: Any) -> tuple[Any, tuple[Any, ...]]:
-        f, lattice = _widened(f, x), self.lattice
+        f, lattice = widened(f, x), self.lattice
         kept, remainder = self._multiply(x)
         pushed = lattice.round(self.coupling.push(f))
         carry = []
@@ -141,7 +141,7 @@ class Exact(Coupling):
         return straight(kept + pushed, lambda: self.coupling.forward(x, f)), tuple(carry)
 
     def restore(self, y: Any, f: Any, carry: tuple[Any, ...]) -> tuple[Any, Any]:
-        f, parts = _widened(f, y), iter(carry)
+        f, parts = widened(f, y), iter(carry)
         digits = _unpack(next(parts), self._digit_bits, y) if self._digit_bits else None
         last = _unpack(next(parts), self.guard, y) if self.guard else None
         x = self._rebuilt(y, f, digits, last)
@@ -185,13 +185,6 @@ class Exact(Coupling):
         last = as_type(last, pushed.dtype)
         steps = array_namespace(pushed).round((constant(pushed) * scale - last) * (1 / span))
         return (steps * span + last) * (1 / scale)
-
-
-def _widened(f: Any, stream: Any) -> Any:
-    """Return a block's output, or its parts, in the stream's dtype where it is narrower."""
-    if isinstance(f, tuple):
-        return tuple(_widened(part, stream) for part in f)
-    return as_type(f, stream.dtype) if f.dtype.itemsize < stream.dtype.itemsize else f
 
 
 def _pack(codes: Any, width: int) -> Any:

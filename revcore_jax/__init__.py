@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from revcore.policy import Checkpoint, Reverse, StoreAll
 from revcore_jax.engine import check_inverse, inverse, reversible
+from revcore_jax.probe import DriftProbe
 from revcore_jax.trees import stack, unstack
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "DriftProbe",
     "Reverse",
     "StoreAll",
     "check_inverse",

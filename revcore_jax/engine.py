@@ -28,6 +28,7 @@ from revcore.program import Program
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
 from revcore_jax import retain, watch
 from revcore_jax.boundary import bind, check_offload, check_policy, probe
+from revcore_jax.drift import watched
 from revcore_jax.plan import (
     Anchored,
     Loop,
@@ -159,7 +160,10 @@ def wide(
     check_offload(policy, program)
     theta, shared, start = vary_alike(leaves, partial(once, Chain(program.steps), slots))
     slots, shared = probe(program, slots, theta, shared, start)
-    run = _run_reversed if isinstance(policy, Reverse) else _run_plainly
+    run = _run_plainly
+    if isinstance(policy, Reverse):
+        run = _run_reversed
+        theta, shared, start = watched(program, policy, start, (theta, shared, start))
     start = watch.begin(program.lattice, start)
     out, aux = run(make_plan(program.steps, policy), slots, theta, shared, start)
     out = watch.settle(out)

@@ -9,6 +9,7 @@ torch.Size([2, 16])
 from __future__ import annotations
 
 from revcore.policy import Checkpoint, MemoryBudget, Reverse, StoreAll
+from revcore_torch.drift import DriftProbe
 from revcore_torch.functional import inverse, reversible
 from revcore_torch.modules import ReversibleSequential, check_inverse
 from revcore_torch.neutral import from_neutral, to_neutral
@@ -17,6 +18,7 @@ from revcore_torch.replay import is_recomputing
 
 __all__ = [
     "Checkpoint",
+    "DriftProbe",
     "MemoryBudget",
     "Plan",
     "Reverse",

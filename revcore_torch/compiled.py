@@ -31,6 +31,7 @@ from revcore.program import Program
 from revcore.step import Anchor, Bijection, Couple, Primitive
 from revcore_torch import fakes, replay
 from revcore_torch.detect import nodes_of
+from revcore_torch.drift import warn_once
 from revcore_torch.functional import as_is, check, wide
 from revcore_torch.steps import Arguments, Streams, make_calls, narrowed, widened
 
@@ -336,6 +337,8 @@ def _made_plan(
     if isinstance(policy, MemoryBudget):
         return _Plan("policy")
     parts = segments([not isinstance(step, Anchor) for step in program.unrolled], policy)
+    if any(part.kind == "reverse" for part in parts):
+        warn_once(program, [s.dtype for s in streams], policy)
     if any(part.recompute is not None or part.offload for part in parts):
         return _Plan("policy")
     if program.lattice is not None:

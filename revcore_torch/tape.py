@@ -24,6 +24,7 @@ from revcore.policy import Segment, StepPolicy, StoreAll, segments
 from revcore.program import Program
 from revcore.step import Anchor, Couple
 from revcore_torch import detect, outside, replay
+from revcore_torch.drift import DriftProbe, probing, warn_once
 from revcore_torch.keep import Kept, on_host
 from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, run_plain, tensors_within, version
 
@@ -46,6 +47,7 @@ class Frame:
         "live",
         "parameters",
         "random",
+        "sample",
         "saved",
     )
 
@@ -65,6 +67,7 @@ class Frame:
         self.kept: Kept | None = None
         # while the block runs for the first time: it may differentiate inside itself, and then asks for them
         self.live: replay.Live | None = None
+        self.sample: list[Tensor] | None = None  # of the streams before it, where a probe measures
 
     def leaves(self, streams: Sequence[Tensor], which: Sequence[int] | None = None) -> list[Tensor]:
         """Return the streams as the step met them: leaves of a graph, with its flags and strides.
@@ -101,8 +104,11 @@ class Tape:
     ``checkpoint``, the streams before the first are kept, and all steps run again at once.
     """
 
-    def __init__(self, segment: Segment, streams: Streams, arguments: Arguments) -> None:
+    def __init__(
+        self, segment: Segment, streams: Streams, arguments: Arguments, probe: DriftProbe | None = None
+    ) -> None:
         self.kind = segment.kind
+        self.probe = probe if segment.kind == "reverse" else None
         self.recompute, self.offload = segment.recompute, segment.offload
         self.frames: list[Frame] = []
         self.carries: list[Tensor] = []  # while recording
@@ -163,6 +169,8 @@ class Tape:
     def _first(self, call: Call, streams: Streams, arguments: Arguments) -> tuple[Streams, tuple[Any, ...]]:
         frame, index = Frame(call, streams, self.generators), len(self.frames)
         self.frames.append(frame)
+        if self.probe is not None:
+            frame.sample = self.probe.take(streams)
         first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         frame.live = live = replay.Live()
         with saved_tensors_hooks(_Pack(index, live), self.unpack):
@@ -312,6 +320,9 @@ class Tape:
             walk.saved.clear()
             walk.streams = self._undo(walk, walk.at - 1, walk.streams)
             walk.at -= 1
+            frame = self.frames[walk.at]
+            if self.probe is not None and frame.sample is not None:
+                self.probe.compare(frame.call.index, frame.sample, walk.streams)
 
     def _undo(self, walk: Pass, index: int, streams: Streams) -> Streams:
         """Return the streams before step ``index``, given those after it; collect what its graph saves."""
@@ -498,15 +509,18 @@ def run(
     plan = segments(
         [not isinstance(step, Anchor) for step in program.unrolled], policy if _can_record() else StoreAll()
     )
+    if any(segment.kind == "reverse" for segment in plan):
+        warn_once(program, [s.dtype for s in streams], policy)
     watch, given = calls[0].watch if calls else None, streams
     if watch is not None:
         streams = watch.encode(streams, "the input")
     if all(segment.kind == "store" for segment in plan):
         return _run_plan(plan, calls, streams, arguments, [])
     tapes: list[Tape] = []
+    probe = probing(program, streams, policy)
     contents, glanced = arguments.contents(), outside.glance()
     try:
-        result = _run_plan(plan, calls, streams, arguments, tapes)
+        result = _run_plan(plan, calls, streams, arguments, tapes, probe)
         check_contents(contents, arguments.contents())
     except BaseException:
         _take_back(tapes)
@@ -523,7 +537,12 @@ def run(
 
 
 def _run_plan(
-    plan: Sequence[Segment], calls: Sequence[Call], streams: Streams, arguments: Arguments, tapes: list[Tape]
+    plan: Sequence[Segment],
+    calls: Sequence[Call],
+    streams: Streams,
+    arguments: Arguments,
+    tapes: list[Tape],
+    probe: DriftProbe | None = None,
 ) -> tuple[Streams, list[tuple[Any, ...]]]:
     aux: list[tuple[Any, ...]] = []
     for segment in plan:
@@ -532,7 +551,7 @@ def _run_plan(
             with on_host(segment.offload):
                 streams, extra = run_plain(here, streams, arguments)
         else:
-            tapes.append(Tape(segment, streams, arguments))
+            tapes.append(Tape(segment, streams, arguments, probe))
             streams, extra = tapes[-1].record(here, streams, arguments)
         aux += extra
     if calls and calls[0].watch is not None:

@@ -95,6 +95,8 @@ def test_a_program_without_steps_returns_its_input(backend: Backend, policy: Pol
     ("dtype", "block_dtype"), [("float32", "bfloat16"), ("bfloat16", None)], ids=["bfloat16-blocks", "bfloat16-streams"]
 )
 @pytest.mark.parametrize("coupling", COUPLINGS)
+# bfloat16 streams of eight steps drift by some percent, rightly warned of; the test bounds it by bfloat16's own error
+@pytest.mark.filterwarnings("ignore::revcore.DriftWarning")
 def test_bfloat16_errs_at_most_twice_as_much_as_storing_everything(
     backend: Backend, coupling: str, dtype: str, block_dtype: str | None
 ) -> None:

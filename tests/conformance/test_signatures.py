@@ -15,6 +15,7 @@ TORCH, JAX, NNX, LINEN = "revcore_torch", "revcore_jax", "revcore_jax.nnx", "rev
 EXCEPTIONS: dict[str, dict[str | None, str | None]] = {
     "same": {},
     "function": {None: "params"},  # torch's blocks hold theirs
+    "probe": {},
     "neutral": {None: "layers"},  # Linen's variables do not tell what they belong to
     # random numbers come from keys in JAX
     "module": {"split_dim": "axis", "modules": "blocks", "input": "x", "output": "y", None: "rngs"},
@@ -32,6 +33,7 @@ OWN_DEFAULTS = {"split_dim", "axis", "layers", "modules"}
 PAIRS = [
     (TORCH, "reversible", JAX, "reversible", "function"),
     (TORCH, "inverse", JAX, "inverse", "function"),
+    (TORCH, "DriftProbe.__init__", JAX, "DriftProbe.__init__", "probe"),
     (TORCH, "to_neutral", JAX, "to_neutral", "neutral"),
     (TORCH, "from_neutral", JAX, "from_neutral", "neutral"),
     (f"{TORCH}.parity", "record", f"{JAX}.parity", "record", "same"),
@@ -103,6 +105,7 @@ def test_names_that_both_offer() -> None:
         "reversible",
         "inverse",
         "check_inverse",
+        "DriftProbe",
         "to_neutral",
         "from_neutral",
         "Reverse",

@@ -92,6 +92,8 @@ def bytes_after_forward(program: Program, policy: Policy, dropout: float = 0.0) 
 
 
 @pytest.mark.parametrize(("make", "n", "changed"), PROGRAMS.values(), ids=PROGRAMS)
+# momentum at depth 128 and more drifts in float32, rightly warned of; bytes are counted here, not values
+@pytest.mark.filterwarnings("ignore::revcore.DriftWarning")
 def test_saved_bytes_are_equal_at_every_depth(make: Callable[[int], Program], n: int, changed: int) -> None:
     """The output streams, which the caller holds anyway, and nothing else."""
     measured = [bytes_after_forward(make(depth), Reverse()) for depth in (max(2, n), 8, 32, 128)]

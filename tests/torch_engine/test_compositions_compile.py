@@ -393,3 +393,9 @@ def test_the_trial_before_tracing_is_what_keeps_dropout_right() -> None:
         patch.setattr(compiled, "_obstacle", lambda *_: None)
         with pytest.raises(AssertionError, match="off by"):
             check(train_compiled, dropout_block)
+
+
+def test_drift_is_warned_of_while_it_compiles() -> None:
+    model = ReversibleSequential(*[nn.Linear(4, 4) for _ in range(40)], coupling=revcore.Momentum(0.4))
+    with pytest.warns(revcore.DriftWarning, match="40 steps, run back in float32"):
+        torch.compile(model, backend="eager", fullgraph=True)(torch.ones(2, 8))

@@ -159,6 +159,8 @@ def test_float32(policy):
 
 @autocast.works("a network wholly in bfloat16", note="values equal; gradients off by the format's own rounding")
 @POLICIES
+# six steps in bfloat16 drift by 2 %, rightly warned of; the tolerance below knows
+@pytest.mark.filterwarnings("ignore::revcore.DriftWarning")
 def test_bfloat16(policy):
     def case(model, x):
         model.bfloat16()(x.bfloat16()).pow(2).sum().backward()
