@@ -12,7 +12,7 @@ VENV  := .venv$(if $(SYSTEM_SITE_PACKAGES),-system)
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 
-.PHONY: help setup test lint unit format demo bench clean distclean
+.PHONY: help setup test lint unit format demo bench gpu clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -52,6 +52,9 @@ demo: $(READY) ## train a reversible network and show what it took; ARGS="--help
 
 bench: $(READY) ## compare with checkpointing and other libraries; ENGINE=jax for JAX; ARGS="--help" says how
 	$(BIN)/python -m benchmarks.$(ENGINE)_engine $(ARGS)
+
+gpu: $(READY) ## on a machine with a GPU: run the tests that need one; ARGS=torch or ARGS=jax for the benchmarks
+	PYTHON=$(BIN)/python scripts/gpu_suite.sh $(or $(ARGS),tests)
 
 clean: ## remove caches, builds and what the demo wrote
 	rm -rf build dist demo *.egg-info .hypothesis .pytest_cache .ruff_cache

@@ -110,7 +110,11 @@ class Arguments:
     """
 
     def __init__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], layerwise: Sequence[Any] | None, dtypes: Dtypes | None
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        layerwise: Sequence[Any] | None,
+        dtypes: Dtypes | None = None,
     ) -> None:
         self.args, self.kwargs, self.layerwise, self.dtypes = args, kwargs, layerwise, dtypes
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What waits for a machine with a GPU, in commands of less than ten minutes; needs no network.
 #
-#   scripts/gpu_suite.sh tests           pytest -m gpu, and the table of torch-against-JAX differences
+#   scripts/gpu_suite.sh tests           pytest -m gpu, and the table of torch-against-JAX differences; more arguments
+#                                        are pytest's (-k float64)
 #   scripts/gpu_suite.sh torch           benchmarks.torch_engine --device gpu (ARGS=... goes to it)
 #   scripts/gpu_suite.sh jax             benchmarks.jax_engine --device gpu
 #   scripts/gpu_suite.sh rehearsal       as `tests`, with the cases that run on the CPU: does all of this work?
@@ -22,7 +23,8 @@ suite() { # device, then what selects tests
     local xml="$out/gpu-suite-junit.xml" workers=()
     if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "${WORKERS:-8}"); fi
     # a machine's own packages may warn of what the pinned ones do not: their warnings are shown, not judged
-    timeout "${LIMIT:-570}" "$python" -m pytest "${workers[@]}" -W default -q -p no:cacheprovider -o junit_family=xunit2 \
+    # an interrupt, not a kill: what was found by then is written
+    timeout --signal=INT --kill-after=20 "${LIMIT:-550}" "$python" -m pytest "${workers[@]}" -W default -q -p no:cacheprovider -o junit_family=xunit2 \
         --junitxml "$xml" -rs --durations 20 "$@" 2>&1 | tee "$at.txt" || code=$?
     if [ -s "$xml" ]; then "$python" scripts/gpu_table.py "$xml" "$device" >"$stem-torch-against-jax.md" || code=$?; fi
     rm -f "$xml"
@@ -42,8 +44,10 @@ case "${1:-}" in
 tests)
     need_gpu
     export REVCORE_TEST_GPU=1
+    # no other file, for it may need a package that the machine has not
+    mapfile -t files < <(grep -rl --include='test_*.py' 'mark\.gpu' tests)
     suite "$("$python" -c 'import jax, torch; print(torch.cuda.get_device_name(0), "torch", torch.__version__, "jax", jax.__version__, sep=", ")')" \
-        -m gpu tests
+        -m gpu "${files[@]}" "${@:2}"
     ;;
 rehearsal)
     WORKERS="${WORKERS:-2}" suite "no GPU: a rehearsal on the CPU" tests/conformance/test_gpu.py -m "not gpu"

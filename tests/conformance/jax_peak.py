@@ -7,6 +7,7 @@ its peak less what was in use before (else ``None``). A process of its own, for 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def main(kind: str, depth: int) -> None:
     with jax.default_device(device):
         given = [jnp.full((depth // 2, WIDTH, WIDTH), 1e-3)] * 2, jnp.ones((ROWS, WIDTH))
         step = jax.jit(jax.grad(loss)).lower(*given).compile()
-        analysis = step.memory_analysis()
+        analysis: Any = step.memory_analysis()
         before = (device.memory_stats() or {}).get("bytes_in_use")
         jax.block_until_ready(step(*given))
         after = (device.memory_stats() or {}).get("peak_bytes_in_use")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,9 +45,11 @@ def usable(card: Card) -> Card:
 
 
 def check_case(card: Card, case: Case, precision: Precision, note: Callable[[str, object], None]) -> None:
+    note("precision", str(precision))  # text, for pytest-xdist hands on nothing else
+    note("case", str(case))
     found = examine(card, case, precision)
-    for name, value in {"case": case, "precision": precision, **found.figures}.items():
-        note(name, str(value))  # pytest-xdist hands on nothing else
+    for name, figure in found.figures.items():
+        note(name, str(figure))
     assert not found.problems, "\n".join(found.problems)
 
 
@@ -132,7 +135,7 @@ def test_dropout_in_jax(card: Card) -> None:
     def run(policy: Any) -> tuple[list[Any], list[int]]:
         model = ReversibleSequential(*[Block(nnx.Rngs(i)) for i in range(2)], policy=policy)
         x = jax.random.normal(jax.random.key(0), (4, 16))
-        gradients = nnx.grad(lambda model, x: (model(x) ** 2).sum(), argnums=(0, 1))(model, x)
+        gradients = nnx.jit(nnx.grad(lambda model, x: (model(x) ** 2).sum(), argnums=(0, 1)))(model, x)
         counts = jax.tree.leaves(nnx.state(model, nnx.RngCount))
         return jax.tree.leaves(gradients), [int(c) for c in counts]
 
@@ -268,6 +271,40 @@ def test_benchmarks_take_a_gpu_or_say_that_there_is_none(
     with pytest.raises(SystemExit, match="2"):
         main.parse(["--device", "gpu", "--quick"])
     assert "--device gpu: " in capsys.readouterr().err.splitlines()[-1]
+
+
+REPORT = """<testsuites><testsuite>
+<testcase name="one"><properties>
+<property name="precision" value="tf32" /><property name="case" value="a" /><property name="torch against JAX" value="1e-3" />
+</properties></testcase>
+<testcase name="two"><properties>
+<property name="precision" value="tf32" /><property name="case" value="b" /><property name="torch against JAX" value="2e-3" />
+</properties><failure message="no" /></testcase>
+<testcase name="another test" />
+</testsuite></testsuites>"""  # noqa: E501
+
+
+def test_the_table_says_the_worst_of_each_precision_and_what_failed(tmp_path: Path) -> None:
+    table = runpy.run_path(str(ROOT / "scripts" / "gpu_table.py"))["table"]
+    report = tmp_path / "junit.xml"
+    report.write_text(REPORT)
+    lines = table(report, "a card").splitlines()
+    assert "| tf32 | nan | nan | nan | nan | 2.0e-03 | 2 | 1 |" in lines
+    assert "| tf32 | b | nan | nan | nan | nan | 2.0e-03 | FAILED |" in lines
+    report.write_text("<testsuites><testsuite><testcase /></testsuite></testsuites>")
+    with pytest.raises(SystemExit, match="holds no case"):
+        table(report, "a card")
+
+
+def test_the_script_refuses_without_a_gpu() -> None:
+    if Card("gpu").missing() is None:
+        pytest.skip("there is a GPU")
+    script = [str(ROOT / "scripts" / "gpu_suite.sh")]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run([*script, "tests"], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, "torch sees no GPU here" in done.stderr) == (1, True)
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, "rehearsal" in done.stderr) == (2, True)
 
 
 def test_the_suite_skips_with_a_reason() -> None:

@@ -503,7 +503,7 @@ def test_flax_modules(axis: int | None) -> None:
         made: Any = flax_model.init_with_output(jax.random.key(0), x)
         first, variables = made
         layers = [lambda x, p=variables["params"][f"layers_{i}"]: x @ p["kernel"] + p["bias"] for i in range(4)]
-        z = flax_model.apply(variables, x)
+        z: Any = flax_model.apply(variables, x)
         assert z.dtype == first.dtype == x.dtype
         assert bool((z == by_hand(x, layers)).all())
         assert bool((z == first).all())
