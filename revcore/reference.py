@@ -20,6 +20,8 @@ from revcore.checks import (
     check_stream_outputs,
     check_streams,
 )
+from revcore.errors import InversionError
+from revcore.lattice import out_of_range
 from revcore.program import Program
 from revcore.step import Anchor, Bijection, Couple
 
@@ -37,12 +39,14 @@ def forward(program: Program, blocks: Sequence[Any], streams: Sequence[np.ndarra
 
     Raises:
         SpecError: the wrong number of blocks or streams, or a block that changes shape or dtype.
+        InversionError: a stream of an exact program left the lattice's range.
 
     >>> import revcore
     >>> forward(revcore.revnet(1), [np.tanh], (np.array([1.0]), np.array([0.0])))
     (array([0.]), array([1.]))
     """
     current = list(check_streams(program, streams, _is_array, _is_inexact, "NumPy array"))
+    current = _on_lattice(program, current, "the input")
     queue = iter(check_blocks(program, blocks, program.num_blocks))
     aux: list[tuple[Any, ...]] = []
     for index, step in enumerate(program.unrolled):
@@ -56,12 +60,13 @@ def forward(program: Program, blocks: Sequence[Any], streams: Sequence[np.ndarra
             y = step.coupling.forward(current[step.target], f)
             check_coupled(index, y, current[step.target])
             current[step.target] = y
+            _check_range(program, [y], f"step {index}")
         else:
             block = next(queue) if step.block else None
             move = _map_of(step, block)
             out = move(*current, *args, **kwargs) if block is not None else move(*current)
             moved, extra = check_stream_outputs(index, type(step).__name__, out, program.num_streams)
-            current = list(moved)
+            current = _on_lattice(program, moved, f"step {index}") if isinstance(step, Anchor) else list(moved)
         if step.block:
             aux.append(extra)
     result = tuple(current[i] for i in program.output)
@@ -132,6 +137,25 @@ def gradient(function: Callable[[Any], Any], arrays: Any) -> Any:
         return result
 
     return _zip_map(leaf, moved, moved)
+
+
+def _on_lattice(program: Program, streams: Sequence[np.ndarray], where: str) -> list[np.ndarray]:
+    if program.lattice is None:
+        return list(streams)
+    for i, stream in enumerate(streams):
+        program.lattice.check_dtype(stream.real.dtype, f"stream {i} of {where}")
+    result = [program.lattice.encode(stream) for stream in streams]
+    _check_range(program, result, where)
+    return result
+
+
+def _check_range(program: Program, streams: Sequence[np.ndarray], where: str) -> None:
+    if program.lattice is None:
+        return
+    for stream in streams:
+        peak, limit = float(np.max(np.abs(stream.real), initial=0)), program.lattice.limit(stream.real.dtype)
+        if not peak <= limit:
+            raise InversionError(out_of_range(where, peak, limit, program.lattice.bits))
 
 
 def _map_of(step: Anchor | Bijection, block: Any) -> Callable[..., Any]:

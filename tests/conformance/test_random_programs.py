@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
 from revcore import (
+    BDIA,
     Additive,
     Affine,
     Anchor,
@@ -30,6 +31,8 @@ from revcore import (
     Checkpoint,
     Couple,
     Coupling,
+    Exact,
+    LinearCoupling,
     Momentum,
     Policy,
     Program,
@@ -51,9 +54,11 @@ COUPLINGS: tuple[Coupling, ...] = (
     Momentum(0.5),
     Momentum(0.9),
     Affine(),
+    BDIA(-0.75),
     GATED,
     NEGATED,
 )
+BITS = 24  # of exact programs; in float64, so that a value between two points of the lattice is a rare one
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------
@@ -69,6 +74,8 @@ class Builder:
     """The features of each stream."""
     left: int
     """How many more primitive steps may run."""
+    exact: bool
+    """Whether there is nothing that an exact program refuses."""
 
     def chain(self, level: int = 0, times: int = 1, fixed: bool = False) -> tuple[list[Step], list[Any]]:
         """Return steps, which run ``times`` times, and their blocks; with ``fixed``, no step changes a size."""
@@ -85,10 +92,10 @@ class Builder:
     def step(self, level: int, times: int, fixed: bool) -> tuple[Step, list[Any]]:
         draw, sizes = self.draw, self.sizes
         alike = len(set(sizes)) == 1
-        kinds = ["couple"] * 4 + ["shear"]
+        kinds = ["couple"] * 4 + ["shear"] * (not self.exact)
         kinds += ["chain", "repeat", "repeat"] if level < 2 else []
         kinds += ["permute"] if alike or not fixed else []
-        kinds += ["mix"] if sizes[0] == sizes[-1] else []
+        kinds += ["mix"] if sizes[0] == sizes[-1] and not self.exact else []
         kinds += ["anchor"] if alike else []
         kind = draw(st.sampled_from(kinds))
         if kind == "chain":
@@ -120,9 +127,12 @@ class Builder:
         alike = len({sizes[s] for s in sources}) == 1
         combine = draw(st.sampled_from(["args", "sum"])) if alike else "args"
         seen = sources[:1] if combine == "sum" else sources
-        coupling = draw(st.sampled_from(self.couplings))
-        fits = coupling.num_outputs == 1 and len(seen) == 1 and sizes[seen[0]] == sizes[target]
-        if fits and draw(st.integers(0, 4)) == 4:
+        linear = [c for c in self.couplings if isinstance(c, LinearCoupling)]
+        fits = len(seen) == 1 and sizes[seen[0]] == sizes[target]
+        coupling = draw(
+            st.sampled_from(linear if self.exact else self.couplings).filter(lambda c: fits or not c.uses_source)
+        )
+        if fits and coupling.num_outputs == 1 and not coupling.uses_source and draw(st.integers(0, 4)) == 4:
             return Couple(target, sources, coupling, combine, block=False), []
         aux = draw(st.integers(0, 3)) == 3
         block = Mlp(tuple(sizes[s] for s in seen), sizes[target], outputs=coupling.num_outputs, aux=aux)
@@ -134,10 +144,13 @@ def cases(draw: Callable[..., Any], couplings: Sequence[Coupling] = COUPLINGS) -
     n = draw(st.integers(2, 4))
     equal = draw(st.booleans())
     sizes = (draw(FEATURES),) * n if equal else draw(st.tuples(*[FEATURES] * n))
-    builder = Builder(draw, couplings, sizes, left=12)
+    exact = draw(st.integers(0, 3)) == 3 and any(isinstance(c, LinearCoupling) for c in couplings)
+    builder = Builder(draw, couplings, sizes, left=12, exact=exact)
     steps, blocks = builder.chain()
     output = draw(st.permutations(range(n)))
     program = Program(steps, n, output, same_shape=equal)
+    if exact:
+        program = program.exact(BITS, guard=draw(st.sampled_from([0, 1])), checksum=draw(st.booleans()))
     return Case(
         name=f"random-{draw(st.integers(0, 999))}",  # the seed of all numbers
         program=program,
@@ -180,10 +193,16 @@ def compare_inverse(backend: Backend, case: Case) -> Report:
     return compare(back, given, limit=LIMIT / EPS["float64"], depth=1, names=("inverse", "input"))
 
 
+def carries(case: Case) -> bool:
+    """Return whether an inverse needs more than the output."""
+    couplings = (step.coupling for step in case.program.unrolled if isinstance(step, Couple))
+    return any(isinstance(coupling, Exact) and coupling.carry_bits for coupling in couplings)
+
+
 def check(backend: Backend, case: Case, policy: Policy) -> None:
     report = compare_gradients(backend, case, policy)
     assert report.ok, f"{policy}: {report}"
-    if not case.uses_anchors:
+    if not case.uses_anchors and not carries(case):
         report = compare_inverse(backend, case)
         assert report.ok, str(report)
 
@@ -277,9 +296,10 @@ def test_programs_are_as_varied_as_they_should_be() -> None:
             "output order": case.program.output != tuple(range(case.program.num_streams)),
             f"{case.program.num_streams} streams": True,
             type(policy).__name__: True,
-            **{repr(step.coupling): True for step in couples},
+            "exact": case.program.lattice is not None,
+            **{repr(getattr(step.coupling, "coupling", step.coupling)): True for step in couples},
         }
         seen.update(name for name, there in found.items() if there)
 
     look()
-    assert len(seen) == 12 + 3 + 3 + len(COUPLINGS), seen
+    assert len(seen) == 13 + 3 + 3 + len(COUPLINGS), seen
