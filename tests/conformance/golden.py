@@ -22,6 +22,7 @@ from revcore import (
     Momentum,
     Program,
     Repeat,
+    bdia,
     grouped,
     leapfrog,
     momentum_net,
@@ -56,6 +57,8 @@ def _cases() -> tuple[Case, ...]:
         Case("nested-repeat", Program([Couple(0, 1), nested]), (mlp, *(mlp, mlp, affine) * 2), two),
         Case("bijections-and-anchor", Program(mixed, output=(1, 0)), blocks, two, uses_anchors=True),
         Case("images", Program([pair, fold, pair]), (Pointwise(),) * 4, images, (1, 1, 1, 1)),
+        case_of("exact-momentum", revnet(4, [Momentum(0.9), Additive()]).exact(24, guard=1)),
+        case_of("bdia", bdia(4, bits=24)),
         case_of("aux", revnet(3, [Additive(), Affine()]), aux=True),
         Case("masks", Program([pair, Repeat(pair, 2)]), (mlp,) * 6, two, masked=True),
     )

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ def test_every_number_has_a_gradient_and_every_dtype_holds_what_is_given(path: P
 def test_an_engine_reproduces_it(backend: Backend, path: Path, dtype: str) -> None:
     """JAX compiled in float64, and operation by operation in float32, which is quicker."""
     case, expected = read(path)
+    if dtype == "float32" and case.program.lattice is not None:
+        pytest.skip("float32 has no room for 24 bits after the point")
     with eagerly(backend) if dtype == "float32" else contextlib.nullcontext():
         report = against(backend.run(case, Reverse(), dtype), expected)
     assert report.ok, str(report)
@@ -151,12 +154,24 @@ class Interpreter:
         coupling = step["coupling"]
         f = self.taken(self.block(seen), 2 if coupling["kind"] == "Affine" else 1) if step["block"] else seen
         t = step["target"]
-        y = {
-            "Additive": lambda: x[t] + coupling["scale"] * f[0],
-            "Momentum": lambda: coupling["beta"] * x[t] + (1 - coupling["beta"]) * f[0],
-            "Affine": lambda: x[t] * np.exp(f[0]) + f[1],
-        }[coupling["kind"]]()
-        return [*x[:t], y, *x[t + 1 :]]
+        return [*x[:t], self.coupled(coupling, x[t], f, seen[0]), *x[t + 1 :]]
+
+    def coupled(self, coupling: Any, x: Any, f: list[Any], seen: Any) -> Any:
+        inner = coupling["coupling"] if coupling["kind"] == "Exact" else coupling
+        if inner["kind"] == "Affine":
+            return x * np.exp(f[0]) + f[1]
+        if inner["kind"] == "Additive":
+            a, p = 1, inner["scale"] * f[0]
+        elif inner["kind"] == "Momentum":
+            a, p = inner["beta"], (1 - inner["beta"]) * f[0]
+        else:
+            a, p = inner["gamma"], (1 - inner["gamma"]) * seen + (1 + inner["gamma"]) * f[0]
+        if coupling["kind"] != "Exact":
+            return a * x + p
+        u, ratio = 2.0 ** -coupling["bits"], Fraction(a).limit_denominator(4096)
+        n, d = abs(ratio.numerator), ratio.denominator
+        product = np.sign(a) * np.floor((n * (x.real / u) + d // 2) / d) * u
+        return product + np.round(p.real / u) * u + 1j * (a * x + p).imag
 
     def move(self, how: Any, x: list[Any]) -> list[Any]:
         if how["kind"] == "Permute":
