@@ -40,6 +40,7 @@ def test_it_tells_what_does_not_hold() -> None:
         "momentum 0.5: ordinary mode loses a gradient (error ≥ 0.45)"
     ]
     assert benchmark.report(bad).count("**no**") == 4
+    assert benchmark.report(bad).count("**outside**") == 1
 
 
 @pytest.mark.parametrize(("name", "guard"), [("Additive()", 0), ("Momentum(0.3)", 2)])
