@@ -197,7 +197,9 @@ def exact() -> dict[str, str]:
         assert_equal_networks(jax.device_get(gradient(p, x)), jax.device_get(want), "float32")
 
     def sharded() -> None:
-        got = jax.jit(jax.value_and_grad(net(Reverse()), (0, 1)))(put(p, devices, P()), put(x, devices, P("data", None)))
+        got = jax.jit(jax.value_and_grad(net(Reverse()), (0, 1)))(
+            put(p, devices, P()), put(x, devices, P("data", None))
+        )
         assert_equal_networks(jax.device_get(got), jax.device_get(want), "float32")
 
     def out_of_range() -> None:
