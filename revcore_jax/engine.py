@@ -554,7 +554,7 @@ def _after(streams: Streams, y: Any) -> Streams:
     """Let the watch among the streams, if there is one, see what a step made."""
     if watch.part(streams)[1] is None:
         return streams
-    return lax.optimization_barrier(_replace(streams, len(streams) - 1, streams[-1].after(y)))
+    return fence(_replace(streams, len(streams) - 1, streams[-1].after(y)))
 
 
 def _before(streams: Streams) -> Streams:

@@ -197,9 +197,9 @@ def vary_alike(leaves: Any, run: Callable[..., Any]) -> Any:
     the parameters' axes is the same on all of those devices), and parameters and shared leaves over these too. Where a
     leaf did not vary before, the transpose of this cast sums its gradient over the devices, once.
     """
-    if not any(map(_varying, jax.tree.leaves(leaves))):
+    if not any(map(varying, jax.tree.leaves(leaves))):
         return leaves
-    axes = frozenset().union(*map(_varying, leaves[-1]))
+    axes = frozenset().union(*map(varying, leaves[-1]))
     while True:
         given = _over(axes, leaves)
         after = axes.union(*map(_axes, jax.make_jaxpr(run)(*given).out_avals))
@@ -210,7 +210,7 @@ def vary_alike(leaves: Any, run: Callable[..., Any]) -> Any:
 
 def _over(axes: frozenset[Any], tree: Any) -> Any:
     def cast(leaf: Any) -> Any:
-        missing = axes - _varying(leaf)
+        missing = axes - varying(leaf)
         return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing and is_inexact(leaf) else leaf
 
     return jax.tree.map(cast, tree)
@@ -226,7 +226,7 @@ def fence(tree: Any) -> Any:
     leaves, treedef = jax.tree.flatten(tree)
     kinds: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        kinds.setdefault(_varying(leaf), []).append(i)
+        kinds.setdefault(varying(leaf), []).append(i)
     for places in kinds.values():
         passed = jax.lax.optimization_barrier([leaves[i] for i in places])
         for i, leaf in zip(places, passed, strict=True):
@@ -234,7 +234,7 @@ def fence(tree: Any) -> Any:
     return treedef.unflatten(leaves)
 
 
-def _varying(leaf: Any) -> frozenset[Any]:
+def varying(leaf: Any) -> frozenset[Any]:
     return _axes(jax.typeof(leaf))
 
 

@@ -18,6 +18,7 @@ from jax import lax
 
 from revcore.errors import InversionError
 from revcore.lattice import Lattice, out_of_range
+from revcore_jax.trees import varying
 
 
 @functools.partial(
@@ -120,7 +121,21 @@ def _raise_where(at: Any, peak: Any, say: Any) -> None:
         if at > 0:
             say(at, peak)
         return
+    at, peak = _of_all_devices(lax.stop_gradient(at), lax.stop_gradient(peak))
     lax.cond(at > 0, lambda *found: jax.debug.callback(say, *found), lambda *_: None, at, peak)
+
+
+def _of_all_devices(at: Any, peak: Any) -> tuple[Any, Any]:
+    """Return what was found first on any device under ``shard_map``: if one alone raised, the others would wait for it.
+
+    Without ``check_vma`` nobody knows which axes these are.
+    """
+    axes = tuple(varying(at))
+    if not axes:
+        return at, peak
+    first = lax.pmin(jnp.where(at > 0, at, jnp.inf), axes)
+    peak = lax.pmax(jnp.where(at == first, peak, 0), axes)
+    return jnp.where(jnp.isfinite(first), first, 0), peak
 
 
 def _spoilt(tree: Any, bad: Any) -> Any:

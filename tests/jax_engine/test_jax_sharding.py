@@ -22,10 +22,24 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from revcore import Reverse, StoreAll
+from revcore_jax import reversible
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from plain_network import KINDS, Net, arrays, assert_equal_networks, gradient, loss, mlp  # noqa: E402 (where a script finds it)
+from plain_network import (  # noqa: E402 (where a script finds it)
+    KINDS,
+    PROGRAMS,
+    Net,
+    arrays,
+    assert_equal_networks,
+    energy,
+    gradient,
+    loss,
+    mlp,
+)
 
 DEVICES, ROWS, D = 8, 8, 4
+EXACTLY = PROGRAMS["repeat"].exact(guard=1)
 Case = Callable[[Net, Any, Any], Any]
 
 
@@ -161,6 +175,47 @@ def pmap(net: Net, p: Any, x: Any) -> Any:
     return value, (gp, jax.tree.map(lambda a: a[:, 0], gx))
 
 
+# --- exact programs ---------------------------------------------------------------------------------------------------
+
+EXACT = "exact arithmetic in a shard_map, exact arithmetic of sharded arrays, out of the exact range".split(", ")
+
+
+def exact() -> dict[str, str]:
+    """Return what went wrong with exact programs, against the same one that stores everything on one device."""
+    net = lambda policy: lambda p, x: energy(reversible(EXACTLY, [mlp] * 2, p, x, policy=policy))  # noqa: E731
+    p, x = arrays("repeat", "float32", rows=ROWS, d=D)
+    devices = mesh(data=DEVICES)
+    want = jax.jit(jax.value_and_grad(net(StoreAll()), (0, 1)))(p, x)
+
+    def local(p: Any, x: Any) -> Any:
+        return lax.psum(net(Reverse())(p, x), "data")
+
+    run = jax.shard_map(local, mesh=devices, in_specs=(P(), P("data")), out_specs=P(), check_vma=True)
+    gradient = jax.jit(jax.value_and_grad(run, (0, 1)))
+
+    def mapped() -> None:
+        assert_equal_networks(jax.device_get(gradient(p, x)), jax.device_get(want), "float32")
+
+    def sharded() -> None:
+        got = jax.jit(jax.value_and_grad(net(Reverse()), (0, 1)))(
+            put(p, devices, P()), put(x, devices, P("data", None))
+        )
+        assert_equal_networks(jax.device_get(got), jax.device_get(want), "float32")
+
+    def out_of_range() -> None:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="the input took a stream out of the exact range"):
+            jax.block_until_ready(gradient(p, (x[0], x[1].at[-1, -1].set(5000.0))))  # on one device of all
+
+    results = {}
+    for name, case in zip(EXACT, (mapped, sharded, out_of_range), strict=True):
+        try:
+            case()
+            results[name] = ""
+        except Exception:  # whatever it is, it belongs to this case
+            results[name] = traceback.format_exc()
+    return results
+
+
 CASES: dict[str, tuple[Case, Callable[..., Any]]] = {
     case.__name__.replace("_", " "): (case, block)
     for block, cases in {
@@ -178,7 +233,7 @@ def run() -> dict[str, str]:
     """Return what went wrong with each case, or nothing."""
     jax.config.update("jax_disable_most_optimizations", True)
     assert len(jax.devices()) == DEVICES
-    results = {}
+    results = exact()
     with jax.enable_x64(True):
         for name, (case, block) in CASES.items():
             for kind in KINDS:
@@ -210,6 +265,12 @@ def failures() -> dict[str, str]:
 @pytest.mark.parametrize("name", CASES)
 def test_on_eight_devices(name: str, dtype: str, kind: str, failures: dict[str, str]) -> None:
     if problem := failures[f"{name}, {kind}, {dtype}"]:
+        pytest.fail(problem)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_on_eight_devices(name: str, failures: dict[str, str]) -> None:
+    if problem := failures[name]:
         pytest.fail(problem)
 
 
