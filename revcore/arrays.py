@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -125,27 +125,4 @@ def straight(values: Any, surrogate: Callable[[], Any]) -> Any:
     if namespace == "torch":
         # a difference of a number and itself is 0, and its derivative that of the first
         return values + (near - constant(near))
-    return _moved_by()(values, near)
-
-
-@functools.cache
-def _moved_by() -> Any:
-    """Return the JAX function of two arrays that is the first, with the derivative of the second.
-
-    No arithmetic, as in torch's case: XLA would evaluate ``near``, and with it that of the step before, and so on. No
-    ``jax.custom_jvp`` either: where a scan is differentiated twice, JAX leaves its rule out the second time.
-    """
-    from jax.extend.core import Primitive
-    from jax.interpreters import ad, batching, mlir
-
-    def first(values: Any, _: Any) -> Any:
-        return values
-
-    moved = Primitive("straight")
-    moved.def_impl(first)
-    moved.def_abstract_eval(first)
-    mlir.register_lowering(moved, mlir.lower_fun(first, multiple_results=False))
-    batching.defbroadcasting(moved)
-    # the rule is differentiated in its turn, so its value must have the surrogate's derivative too
-    ad.primitive_jvps[moved] = lambda primals, tangents: (moved.bind(*primals), tangents[1])
-    return moved.bind
+    return importlib.import_module("revcore_jax.straight").straight(values, near)
