@@ -177,7 +177,7 @@ def pmap(net: Net, p: Any, x: Any) -> Any:
 
 # --- exact programs ---------------------------------------------------------------------------------------------------
 
-EXACT = "exact arithmetic in a shard_map, exact arithmetic of sharded arrays, out of the exact range".split(", ")
+EXACT = ["exact arithmetic in a shard_map", "exact arithmetic of sharded arrays", "out of the exact range"]
 
 
 def exact() -> dict[str, str]:
