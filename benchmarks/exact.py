@@ -1,6 +1,6 @@
 """Exact arithmetic: what it does to training, to gradients, to time and to memory, on CPU in torch.
 
-    python -m benchmarks.exact            some ten minutes on two cores
+    python -m benchmarks.exact            fourteen minutes on two busy cores
     python -m benchmarks.exact --write    adds a dated table and picture to benchmarks/results
 
 Training: held-out losses of three seeds, ordinary and exact from equal weights on equal batches. Digits are
