@@ -38,9 +38,11 @@ class Lattice:
         """Refuse a dtype whose numbers are too coarse, or the lattice for it."""
         name = str(dtype).removeprefix("torch.")
         if name not in ("float32", "float64"):
+            instead = 'give the network stream_dtype="float32", which its blocks need not follow'
+            if name.startswith("complex"):
+                instead = "hold real and imaginary parts side by side"
             raise SpecError(
-                f"{what} came as {name}, but exact arithmetic needs streams of float32 or float64: give the network "
-                'stream_dtype="float32", which its blocks need not follow'
+                f"{what} came as {name}, but exact arithmetic needs streams of float32 or float64: {instead}"
             )
         if self.limit(dtype) < 2:
             raise SpecError(

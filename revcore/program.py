@@ -111,11 +111,11 @@ class Program:
         couplings = (step.coupling for step in self._slots if isinstance(step, Couple))
         return next((c.lattice for c in couplings if isinstance(c, Exact)), None)
 
-    def exact(self, bits: int = 12, guard: int = 0, checksum: bool = True) -> Program:
+    def exact(self, bits: int | None = None, guard: int = 0, checksum: bool = True) -> Program:
         """Return the same program with every coupling in exact arithmetic; see :class:`revcore.Exact`.
 
         Args:
-            bits: the digits after the point.
+            bits: the digits after the point; by default those that an exact program has already, else 12.
             guard: how many last bits of what blocks return are kept too.
             checksum: whether what is rebuilt is compared with what was there.
 
@@ -125,6 +125,9 @@ class Program:
         >>> momentum_net(8, beta=0.5).exact().unrolled[0].coupling
         Exact(coupling=Momentum(beta=0.5), bits=12, guard=0, checksum=True)
         """
+
+        if bits is None:
+            bits = self.lattice.bits if self.lattice is not None else 12
 
         def made(step: Step) -> Step:
             if isinstance(step, Chain):

@@ -143,7 +143,7 @@ def _on_lattice(program: Program, streams: Sequence[np.ndarray], where: str) -> 
     if program.lattice is None:
         return list(streams)
     for i, stream in enumerate(streams):
-        program.lattice.check_dtype(stream.real.dtype, f"stream {i} of {where}")
+        program.lattice.check_dtype(np.real(stream).dtype, f"stream {i} of {where}")
     result = [program.lattice.encode(stream) for stream in streams]
     _check_range(program, result, where)
     return result
@@ -153,7 +153,8 @@ def _check_range(program: Program, streams: Sequence[np.ndarray], where: str) ->
     if program.lattice is None:
         return
     for stream in streams:
-        peak, limit = float(np.max(np.abs(stream.real), initial=0)), program.lattice.limit(stream.real.dtype)
+        values = np.real(stream)
+        peak, limit = float(np.max(np.abs(values), initial=0)), program.lattice.limit(values.dtype)
         if not peak <= limit:
             raise InversionError(out_of_range(where, peak, limit, program.lattice.bits))
 

@@ -16,6 +16,7 @@ from flax import errors, linen, nnx
 from revcore import parity
 from revcore.errors import SpecError
 from revcore.parity import Record, Stage
+from revcore.policy import Reverse
 from revcore.program import Program
 from revcore.step import Chain, Repeat
 from revcore.weights import stack, unstack
@@ -293,17 +294,18 @@ def _step_by_step(networks: list[list[Stage]], deltas: Sequence[Any]) -> Iterato
 
     ``deltas``, all zero, are added to the streams in order: the gradient in them is the one in the streams.
     """
-    whole, given = engine.reversible, iter(deltas)
+    whole, given = engine.wide, iter(deltas)
 
     def one_by_one(
         program: Program,
         blocks: Sequence[Any],
         params: Sequence[Any],
         streams: Sequence[Any],
-        *args: Any,
-        layerwise_args_kwargs: Any = None,
-        policy: Any = None,
-        **kwargs: Any,
+        args: Any,
+        kwargs: Any,
+        layerwise: Any,
+        policy: Any,
+        stream_dtype: Any,
     ) -> Any:
         stages: list[Stage] = []
 
@@ -315,26 +317,27 @@ def _step_by_step(networks: list[list[Stage]], deltas: Sequence[Any]) -> Iterato
 
         networks.append(stages)
         streams, aux = noted("input", "", streams), [[] for _ in blocks]
+        if stream_dtype is not None:  # a program of one step would hand its block the wide streams
+            out, extra = whole(program, blocks, params, streams, args, kwargs, layerwise, policy, stream_dtype)
+            return noted("all steps", "", out), extra
         for i, (step, slot, index) in enumerate(_unrolled(program)):
             here = slice(0, 0) if slot is None else slice(slot, slot + 1)
             values = _at(tuple(params[here]), index)
-            layerwise = None if layerwise_args_kwargs is None else _at(tuple(layerwise_args_kwargs[here]), index)
+            own = None if layerwise is None else _at(tuple(layerwise[here]), index)
             one = Program([step], program.num_streams, same_shape=program.same_shape)
-            out = whole(one, blocks[here], values, streams, *args, layerwise_args_kwargs=layerwise, **kwargs)
-            out, extra = out if isinstance(out[0], tuple) else (out, [()] * len(values))
+            out, extra = whole(one, blocks[here], values, streams, args, kwargs, own, Reverse(), None)
             for found in extra:
                 assert slot is not None
                 aux[slot].append(found)
             streams = noted(f"step {i} ({type(step).__name__})", _name(blocks[here], values), out)
         result = tuple(streams[i] for i in program.output)
-        aux = [_together(found, shape) for found, shape in zip(aux, _lengths(program), strict=True)]
-        return (result, aux) if any(aux) else result
+        return result, [_together(found, shape) for found, shape in zip(aux, _lengths(program), strict=True)]
 
-    engine.reversible = one_by_one
+    engine.wide = one_by_one
     try:
         yield
     finally:
-        engine.reversible = whole
+        engine.wide = whole
 
 
 def _unrolled(program: Program) -> Iterator[tuple[Any, int | None, tuple[int, ...]]]:

@@ -139,7 +139,9 @@ def _of_all_devices(at: Any, peak: Any) -> tuple[Any, Any]:
 
 
 def _spoilt(tree: Any, bad: Any) -> Any:
-    return jax.tree.map(lambda a: jnp.where(bad, jnp.nan, a) if jnp.issubdtype(a.dtype, jnp.inexact) else a, tree)
+    # a product: jnp.where would have a gradient of zero, as if all were well
+    factor = jnp.where(bad, jnp.nan, 1.0)
+    return jax.tree.map(lambda a: a * factor.astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.inexact) else a, tree)
 
 
 def _say_out_of_range(bits: int, limit: float, at: Any, peak: Any) -> None:

@@ -13,10 +13,13 @@ from revcore.drift import EPS, dtype_name, foresee, warn_of_drift
 from revcore.policy import Policy, Reverse
 from revcore.probe import Probe, combined, places
 from revcore.program import Program
+from revcore_torch.watch import is_faking
 
 
 def warn_once(program: Program, dtypes: Sequence[torch.dtype], policy: Policy) -> None:
     """Warn before the first run of a program whose gradients are predicted to be off by more than 1 %."""
+    if is_faking():
+        return  # a plan trains nothing
     words = foresee(program, dtypes, policy, torch.from_numpy)
     if words is not None:
         warn_of_drift(program, dtypes, policy, words)

@@ -44,10 +44,12 @@ class Watch:
         seen, self.seen = self.seen, []
         device = seen[0][1].device
         within = torch.stack([(peak <= limit).to(device) for _, peak, limit in seen])
-        if _is_faking() or device.type == "meta":
+        if is_faking() or device.type == "meta":
             return streams
         if not is_known(within):
-            return tuple(torch.where(within.all().to(s.device), s, math.nan) for s in streams)
+            # a product: torch.where would have a gradient of zero, as if all were well
+            factor = torch.where(within.all(), 1.0, math.nan)
+            return tuple(s * factor.to(s) for s in streams)
         for (where, peak, limit), good in zip(seen, within.tolist(), strict=True):
             if not good:
                 raise InversionError(out_of_range(where, float(peak), limit, self.lattice.bits))
@@ -58,12 +60,12 @@ def is_known(tensor: Tensor) -> bool:
     """Return whether a tensor has a value that Python can look at."""
     return (
         torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportAttributeAccessIssue]
-        and not _is_faking()
+        and not is_faking()
         and not torch._C._get_tracing_state()
         and not torch.compiler.is_exporting()
         and tensor.device.type != "meta"
     )
 
 
-def _is_faking() -> bool:
+def is_faking() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None

@@ -217,7 +217,7 @@ def test_two_arrays_of_jax_off_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, which is made believe: in float64 though x64 is off, and on the device."""
     import jax
 
-    monkeypatch.setattr("revcore.arrays._is_on_cpu", lambda array: False)
+    monkeypatch.setattr("revcore.dlpack._is_on_cpu", lambda array: False)
     big = jax.numpy.full(4, 1e30)  # whose squares float32 cannot hold
     report = compare(gradients({"w": big * 2}), gradients({"w": big}))
     assert report.gradient_error == pytest.approx(1)
