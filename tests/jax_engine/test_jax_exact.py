@@ -275,7 +275,7 @@ def test_the_input_and_no_numbers(quick: None) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("guard", "checksum"), [(0, False), (0, True), (4, True)])
 def test_what_is_kept(kind: str, guard: int, checksum: bool) -> None:
-    """Beside parameters and last streams: carry_bits an element and step, 4 bytes a checksum; the watch, two factors."""
+    """Beside parameters and streams: carry_bits an element and step, 4 bytes a checksum; the watch and two factors."""
     program = repeated(kind, 6, guard=guard, checksum=checksum)
     params, streams = given(program)
     run = partial(reversible, program, [block] * program.num_slots)
