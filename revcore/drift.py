@@ -311,14 +311,10 @@ def _algebra(coupling: Coupling, asarray: Callable[[Any], Any] | None) -> _Algeb
     if isinstance(coupling, LinearCoupling):
         a = coupling.rate
         try:
-            c, m = (
-                (coupling.push((1.0, 0.0)), coupling.push((0.0, 1.0)))
-                if coupling.uses_source
-                else (
-                    coupling.push(1.0),
-                    0.0,
-                )
-            )
+            if coupling.uses_source:
+                c, m = coupling.push((1.0, 0.0)), coupling.push((0.0, 1.0))
+            else:
+                c, m = coupling.push(1.0), 0.0
             return _Algebra(a, 1 / a, m, c, c / a)
         except (TypeError, AttributeError):
             pass  # a push that takes arrays only

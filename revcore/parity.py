@@ -22,18 +22,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from revcore import drift
 from revcore.dlpack import on_one_device
 from revcore.errors import SpecError
 
-EPS: dict[str, float] = {
-    "float64": 2.0**-52,
-    "complex128": 2.0**-52,
-    "float32": 2.0**-23,
-    "complex64": 2.0**-23,
-    "tensorfloat32": 2.0**-10,
-    "float16": 2.0**-10,
-    "bfloat16": 2.0**-7,
-}
+EPS: dict[str, float] = {**drift.EPS, "tensorfloat32": 2.0**-10}
 """The spacing of numbers above 1 by dtype."""
 
 # A looser tolerance than this passes networks that are plainly different.
