@@ -112,9 +112,7 @@ class Exact(Coupling):
         return self._digit_bits + self.guard
 
     def forward(self, x: Any, f: Any) -> Any:
-        f = widened(f, x)
-        y = self._multiply(x)[0] + self.lattice.round(self.coupling.push(f))
-        return straight(y, lambda: self.coupling.forward(x, f))
+        return self._advanced(x, f)[0]
 
     def inverse(self, y: Any, f: Any) -> Any:
         if self.carry_bits:
@@ -128,17 +126,15 @@ class Exact(Coupling):
         return self.coupling.vjp(x, f, gy)
 
     def advance(self, x: Any, f: Any) -> tuple[Any, tuple[Any, ...]]:
-        f, lattice = widened(f, x), self.lattice
-        kept, remainder = self._multiply(x)
-        pushed = lattice.round(self.coupling.push(f))
+        y, pushed, remainder = self._advanced(x, f)
         carry = []
         if self._digit_bits:
             carry.append(_pack(divided(remainder, self._ratio[1])[0], self._digit_bits))
         if self.guard:
-            carry.append(_pack(lattice.to_integers(pushed) & (2**self.guard - 1), self.guard))
+            carry.append(_pack(self.lattice.to_integers(pushed) & (2**self.guard - 1), self.guard))
         if self.checksum:
-            carry.append(_checksum(lattice.to_integers(x)))
-        return straight(kept + pushed, lambda: self.coupling.forward(x, f)), tuple(carry)
+            carry.append(_checksum(self.lattice.to_integers(x)))
+        return y, tuple(carry)
 
     def restore(self, y: Any, f: Any, carry: tuple[Any, ...]) -> tuple[Any, Any]:
         f, parts = widened(f, y), iter(carry)
@@ -146,6 +142,13 @@ class Exact(Coupling):
         last = _unpack(next(parts), self.guard, y) if self.guard else None
         x = self._rebuilt(y, f, digits, last)
         return x, _checksum(self.lattice.to_integers(x)) != next(parts) if self.checksum else None
+
+    def _advanced(self, x: Any, f: Any) -> tuple[Any, Any, Any]:
+        """Return ``y``, ``q(push(f))``, and what tells ``x`` from others with the same ``⌊a·x⌉``."""
+        f = widened(f, x)
+        kept, remainder = self._multiply(x)
+        pushed = self.lattice.round(self.coupling.push(f))
+        return straight(kept + pushed, lambda: self.coupling.forward(x, f)), pushed, remainder
 
     def _rebuilt(self, y: Any, f: Any, digits: Any, last: Any) -> Any:
         pushed = self.coupling.push(f)
