@@ -92,23 +92,9 @@ def as_is(streams: Any) -> Any:
 
 
 @torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
-def eager(
-    owner: Any,
-    blocks: Sequence[Any],
-    given: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    layerwise: Layerwise,
-    policy: Policy,
-    split: Callable[[Any], Any],
-    join: Callable[[Any], Any],
-    stream_dtype: Any,
-) -> Any:
-    """:func:`reversible` on the streams that ``split`` makes of ``given``; ``join`` makes one output of the last.
-
-    ``owner`` is a program, or what has one.
-    """
-    result, aux, dtypes = wide(owner, blocks, given, args, kwargs, layerwise, policy, split, join, stream_dtype)
+def eager(*call: Any) -> Any:
+    """What :func:`wide` returns, in the dtype that came in; auxiliary outputs only where there are any."""
+    result, aux, dtypes = wide(*call)
     result = narrowed(result, dtypes)
     return (result, aux) if any(aux) else result
 
@@ -125,7 +111,11 @@ def wide(
     join: Callable[[Any], Any],
     stream_dtype: Any,
 ) -> tuple[Any, list[tuple[Any, ...]], Dtypes | None]:
-    """Return the output as its streams are held, auxiliary outputs, and the dtypes to narrow it by."""
+    """Run :func:`reversible` on the streams that ``split`` makes of ``given``; ``join`` makes one output of the last.
+
+    ``owner`` is a program, or what has one. Returns the output as its streams are held, auxiliary outputs, and the
+    dtypes to narrow it by.
+    """
     program, blocks, streams, arguments = check(
         getattr(owner, "program", owner), blocks, split(given), args, kwargs, layerwise, stream_dtype
     )
