@@ -113,10 +113,15 @@ class Arguments:
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        layerwise: Sequence[Any] | None,
+        layerwise: Sequence[Any] | dict[int, Any] | None,
         dtypes: Dtypes | None = None,
     ) -> None:
         self.args, self.kwargs, self.layerwise, self.dtypes = args, kwargs, layerwise, dtypes
+
+    def add(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Say what block ``number`` gets, where ``layerwise`` is a dict that grows as the blocks are called."""
+        self.layerwise[number] = args, kwargs  # type: ignore[index]
+        self.__dict__.pop("flat", None)
 
     @functools.cached_property
     def flat(self) -> tuple[list[Any], Any]:
@@ -130,7 +135,8 @@ class Arguments:
     def contents(self) -> tuple[list[Any], Any]:
         """Return all that a block could change by other means than in place, for :func:`check_contents`."""
         given = [*self.args, *self.kwargs.values()]
-        for args, kwargs in self.layerwise or ():
+        layerwise = self.layerwise or ()
+        for args, kwargs in layerwise.values() if isinstance(layerwise, dict) else layerwise:
             given += [*args, *kwargs.values()]
         given = [value for value in given if not isinstance(value, _CONSTANTS)]
         if not given:

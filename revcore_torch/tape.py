@@ -117,16 +117,13 @@ class Tape:
         # for what has no part in the node: a gradient's own graph (create_graph=True), and extra outputs in objects
         self.left: list[tuple[Tensor, int]] = []
         self.current: Pass | None = None
-        # T8: tensors stay with the graph; the tape keeps their places
-        leaves, self.spec = arguments.flat
-        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.flags = [leaves[i].requires_grad for i in self.places]
-        self.devices = replay.random_devices((*streams, *(leaves[i] for i in self.places)))
-        self.generators = [leaf for leaf in self.constants if isinstance(leaf, torch.Generator)]
+        self.given: list[tuple[Tensor, int]] = []  # while recording: arguments, and their versions from before
+        leaves, _ = arguments.flat
+        self.devices = replay.random_devices((*streams, *(leaf for leaf in leaves if isinstance(leaf, Tensor))))
+        self.generators = [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]
         self.kinds = replay.kinds_of(self.devices)
         self.settings = replay.settings(self.kinds)
-        self.random: replay.RandomState = replay.random_state(self.devices)
+        self.random = self.random_now = replay.random_state(self.devices)
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
@@ -134,30 +131,54 @@ class Tape:
         self, calls: Sequence[Call], streams: Streams, arguments: Arguments
     ) -> tuple[Streams, list[tuple[Any, ...]]]:
         """Run the steps, build their graph, and keep what the way back starts from."""
-        # T6: a stream that is rebuilt has memory of its own, so one that comes with gaps (a part of a wider tensor) or
-        # overlaps (an expanded one) would need a copy on the way back, with the gaps
-        if self.kind == "reverse":
-            streams = tuple(s if _is_dense(s) else s.clone() for s in streams)
-        given = streams
-        tensors = tuple(arguments.flat[0][i] for i in self.places)
-        versions = [version(t) for t in tensors]
-        random = self.random
+        first = streams = self.begin(streams)
+        self.take_in(arguments.flat[0])
         aux: list[tuple[Any, ...]] = []
         for call in calls:
-            streams, extra = self._first(call, streams, arguments)
-            random, before = replay.random_state(self.devices), random
-            self.frames[-1].random = (before, random) if before != random else None
+            streams, extra = self.step(call, streams, arguments)
             if call.step.block:
                 aux.append(extra)
-        if versions != [version(t) for t in tensors]:
+        return self.finish(first, streams, aux, arguments)
+
+    def begin(self, streams: Streams) -> Streams:
+        """Return the streams as the first step is to get them."""
+        # T6: a stream that is rebuilt has memory of its own, so one that comes with gaps (a part of a wider tensor) or
+        # overlaps (an expanded one) would need a copy on the way back, with the gaps
+        return tuple(s if _is_dense(s) else s.clone() for s in streams) if self.kind == "reverse" else streams
+
+    def take_in(self, leaves: Sequence[Any]) -> None:
+        """Note the tensors among the arguments of steps to come."""
+        self.given += [(leaf, version(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def step(self, call: Call, streams: Streams, arguments: Arguments) -> tuple[Streams, tuple[Any, ...]]:
+        """Run the next step; return the streams after it, and the block's auxiliary outputs."""
+        streams, extra = self._first(call, streams, arguments)
+        before, self.random_now = self.random_now, replay.random_state(self.devices)
+        self.frames[-1].random = (before, self.random_now) if before != self.random_now else None
+        return streams, extra
+
+    def finish(
+        self, first: Streams, last: Streams, aux: Any, arguments: Arguments, alone: bool = False
+    ) -> tuple[Streams, Any]:
+        """Keep what the way back starts from; return the last streams and ``aux`` as they are to be handed out.
+
+        ``first`` is what :meth:`begin` returned. ``alone`` says that outputs of steps were handed out before.
+        """
+        given, self.given = self.given, []
+        if any(version(t) != then for t, then in given):
             raise SpecError("a block changed one of its arguments in place, so it cannot run again: clone it first")
-        kept = (*(given if self.kind == "checkpoint" else streams), *self.carries, *tensors)
+        # T8: tensors stay with the graph; the tape keeps their places
+        leaves, self.spec = arguments.flat
+        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.flags = [leaves[i].requires_grad for i in self.places]
+        kept = (*(first if self.kind == "checkpoint" else last), *self.carries, *(leaves[i] for i in self.places))
         self.num_carries = len(self.carries)
         self.carries.clear()
-        outputs, spec = pytree.tree_flatten((streams, aux))
+        outputs, spec = pytree.tree_flatten((last, aux))
         # Invariant T2: every output that carries a gradient passes through the node that keeps them.
         through = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if any(True for leaf in outputs for _ in tensors_within(leaf)):
+        if alone or any(True for leaf in outputs for _ in tensors_within(leaf)):
             self.left = [(t.detach(), version(t)) for t in kept]
         if through:
             with on_host(self.offload):
@@ -210,13 +231,13 @@ class Tape:
                 frame.generators.take_back()
         replay.set_random_state(self.devices, self.random)
         # T8: an object among them may hold this graph, and the graph the tape
-        self.constants = []
+        self.constants, self.given, self.carries = [], [], []
 
     def keep(self) -> None:
         """Say that nothing will be taken back."""
         for frame in self.frames:
             frame.buffers.keep()
-        self.random = ()
+        self.random = self.random_now = ()
 
     # --- backward -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,182 @@
+"""The forward of one layer as part of a reversible stack, and what the layers of a stack share.
+
+The model's own loop goes on calling its layers, with all hooks around them: each layer's ``forward`` is replaced on the
+instance, so names, classes and ``state_dict`` stay. What must pass from layer to layer beside the hidden states (the
+other stream, the tape) lies in a :class:`revcore_torch.session.Session`, which the first layer opens.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from revcore.errors import SpecError
+from revcore.policy import MemoryBudget, Policy, StepPolicy, StoreAll, check_policy
+from revcore_torch.hf import caches
+from revcore_torch.hf.kinds import Settings, join, start
+from revcore_torch.session import Session
+from revcore_torch.steps import dtype_of
+
+_thread = threading.local()
+# beside the model, which stays one that can be copied and pickled
+_compiled: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+class Stack:
+    """A list of layers that is run as a reversible network.
+
+    Attributes:
+        name: of the list in the model.
+        settings: what it was made into.
+        policy: what the backward pass keeps and rebuilds; counts are of layers. May be set at any time.
+        stream_dtype: in which the streams are held between layers.
+        enabled: ``False`` runs the ordinary layers.
+    """
+
+    def __init__(self, name: str, depth: int, settings: Settings, policy: Policy, stream_dtype: Any) -> None:
+        self.name, self.depth, self.settings = name, depth, settings
+        self.policy = policy
+        self.stream_dtype = dtype_of(stream_dtype)
+        self.enabled = True
+        self.compiled: dict[str, Any] | None = None
+        self.program = settings.program(depth)
+        # BDIA draws its sign anew in each forward pass
+        self.mirrored = settings.program(depth, -1) if settings.kind == "bdia" else None
+
+    @property
+    def policy(self) -> StepPolicy | Sequence[StepPolicy]:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        checked = check_policy(policy)
+        if isinstance(checked, MemoryBudget):
+            raise SpecError(
+                "MemoryBudget plans a network that revcore calls, and these layers are called by the model's own loop: "
+                "write Reverse(keep_last=...) for what memory is left"
+            )
+        self._policy = checked
+
+    def compile(self, **options: Any) -> None:
+        """Compile each layer on its own from now on, as ``torch.compile(layer, **options)`` would.
+
+        A model that is compiled as a whole runs its reversible layers uncompiled, outside of its graph.
+        """
+        self.compiled = options
+
+    def open(self, x: Tensor, keeps_all: bool) -> Session:
+        """Begin a forward call; an earlier one that did not come to its end is taken back."""
+        self.close()
+        program = self.program
+        if self.mirrored is not None and torch.rand(()) < 0.5:
+            program = self.mirrored
+        policy = StoreAll() if keeps_all else self.policy
+        session = Session(program, policy, start(program, x), self.stream_dtype, functools.partial(join, program))
+        _sessions()[self] = session
+        return session
+
+    def session(self) -> Session | None:
+        return _sessions().get(self)
+
+    def close(self) -> None:
+        """End the forward call that is open in this thread, if one is."""
+        session = _sessions().pop(self, None)
+        if session is not None and not session.is_over:
+            session.drop()
+
+    def after_loop(self, _: nn.Module, __: Any, output: Any) -> None:
+        """A hook of the module that loops over the layers; it is called after a failure, too."""
+        session = self.session()
+        done = session.done if session is not None else 0
+        self.close()
+        if session is not None and output is not None:
+            raise SpecError(
+                f"{self.name}: layers 0 to {done - 1} of {self.depth} were called, and the output is made after the "
+                "last: call make_plain(model), cut the layers, and make it reversible again"
+            )
+
+
+def _sessions() -> weakref.WeakKeyDictionary[Stack, Session]:
+    if not hasattr(_thread, "sessions"):
+        _thread.sessions = weakref.WeakKeyDictionary()
+    return _thread.sessions
+
+
+class Residual(nn.Module):
+    """``f(x) = layer(x) − x``; a block of the program."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.in_tuple = False  # whether the layer returns its hidden states in one
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = plain_forward(self.layer, x, *args, **kwargs)
+        self.in_tuple = isinstance(out, tuple)
+        return (out[0] - x, *out[1:]) if isinstance(out, tuple) else out - x
+
+
+def plain_forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a layer as its class has it, and without Hugging Face's checkpointing: it is rebuilt already."""
+    checkpointing = layer.__dict__.get("gradient_checkpointing")
+    if not checkpointing:
+        return type(layer).forward(layer, *args, **kwargs)
+    layer.gradient_checkpointing = False
+    try:
+        return type(layer).forward(layer, *args, **kwargs)
+    finally:
+        layer.gradient_checkpointing = checkpointing
+
+
+class Patch:
+    """Holds a layer's new ``forward``; copied and pickled with the layer."""
+
+    def __init__(self, stack: Stack, number: int, layer: nn.Module) -> None:
+        self.stack, self.number, self.layer = stack, number, layer
+        self.residual = Residual(layer)
+
+    @property
+    def _block(self) -> nn.Module:
+        options = self.stack.compiled
+        if options is None:
+            return self.residual
+        if self.residual not in _compiled:
+            _compiled[self.residual] = torch.compile(self.residual, **options)
+        return _compiled[self.residual]
+
+    @torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stack, layer = self.stack, self.layer
+        if not stack.enabled or (stack.settings.kind == "bdia" and not layer.training):
+            return type(layer).forward(layer, *args, **kwargs)
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        x, *rest = args
+        if self.number == 0:
+            # evaluated without no_grad: the caller wants the cache filled, and a block that fills one cannot run twice
+            keeps_all = not layer.training and torch.is_grad_enabled() and caches.holds_any(rest, kwargs)
+            if keeps_all:
+                caches.warn_of_storing()
+            session = stack.open(x, keeps_all)
+        else:
+            session = stack.session()
+        if session is None or session.done != self.number:
+            came = "before layer 0" if session is None else f"after layer {session.done - 1}"
+            stack.close()
+            raise SpecError(f"{stack.name}: layer {self.number} was called {came}, expected one after the other")
+        try:
+            if session.records:
+                rest, kwargs = caches.without(rest, kwargs)
+            out = session.call(self._block, x, tuple(rest), kwargs)
+        except BaseException:
+            stack.close()
+            raise
+        if session.is_over:
+            stack.close()
+        return out if self.residual.in_tuple else out[0]
