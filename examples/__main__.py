@@ -65,7 +65,7 @@ def run_all(
     out = io.StringIO()
     Console(file=out, width=240).print(table)
     lines = "\n".join(line.strip() for line in out.getvalue().splitlines() if line.strip())
-    report = f"{_ABOUT}{_machine()}\npython -m examples all{f' --steps {steps}' if steps else ''}\n\n{lines}\n"
+    report = f"{_ABOUT}\n{_machine()}\npython -m examples all{f' --steps {steps}' if steps else ''}\n\n{lines}\n"
     print(report)
     if write:
         path = HERE.parent / "benchmarks" / "results" / f"{datetime.date.today()}-examples.md"

@@ -20,9 +20,6 @@ from revcore.demo.train import progress
 class Learner(Protocol):
     """A model with its optimizer."""
 
-    @property
-    def label(self) -> str: ...
-
     def train_step(self, inputs: Any, targets: Any) -> Any:
         """Train on one batch, and return its loss before that."""
         ...
@@ -44,6 +41,7 @@ class History:
 
 
 def train(
+    label: str,
     learner: Learner,
     history: History,
     steps: int,
@@ -54,7 +52,7 @@ def train(
 ) -> None:
     """Train from where ``history`` stands to step ``steps``, or until ``interrupt``."""
     with progress(console) as bars:
-        bar = bars.add_task(learner.label, total=steps, completed=len(history.losses), loss="–", held_out="–")
+        bar = bars.add_task(label, total=steps, completed=len(history.losses), loss="–", held_out="–")
         while len(history.losses) < steps and not interrupt.asked:
             start = time.perf_counter()
             loss = float(learner.train_step(*task.batch(len(history.losses))))

@@ -1,4 +1,4 @@
-"""A convolutional RevNet with BatchNorm and Dropout: ``nn.Sequential`` becomes ``ReversibleSequential``, that is all.
+"""A convolutional RevNet with BatchNorm and Dropout: nn.Sequential becomes ReversibleSequential, that is all.
 
 python -m examples.revnet_cnn
 
@@ -14,8 +14,8 @@ from examples import torch_training
 from examples.tasks import Task
 from revcore_torch import ReversibleSequential
 
-CHANNELS = 8  # of each of the two streams
-WIDER = 4
+CHANNELS = 16  # of each of the two streams
+WIDER = 2
 
 
 def conv_block(channels: int, out_channels: int) -> nn.Sequential:
@@ -35,7 +35,7 @@ def block() -> nn.Sequential:
 def make(task: Task, depth: int) -> nn.Module:
     """Images (batch, 1, 8, 8) → logits (batch, 10)."""
     return nn.Sequential(
-        nn.Conv2d(1, 2 * CHANNELS, 3, padding=1),
+        nn.Conv2d(1, 2 * CHANNELS, 3, stride=2, padding=1),
         ReversibleSequential(*[block() for _ in range(depth)]),  # was: nn.Sequential(*[…])
         nn.BatchNorm2d(2 * CHANNELS),
         nn.ReLU(),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from examples import loop, tasks, torch_memory
 from examples.command_line import INTERRUPTED, POLICIES, PolicyName, main, say
-from examples.tasks import Task
+from examples.tasks import Batch, Task
 from examples.torch_memory import BY_TORCH, Figures, loss_of, mib
 from revcore import Policy
 from revcore.demo.interrupt import listening
@@ -59,7 +59,6 @@ class Learner:
 
     def __init__(self, example: Example, task: Task, depth: int, steps: int, seed: int, policy: Policy) -> None:
         torch.manual_seed(seed)  # of weights, and of dropout
-        self.label = example.name
         self.model = example.make(task, depth)
         torch_memory.set_policy(self.model, policy)
         rate = example.rate or task.rate
@@ -70,7 +69,7 @@ class Learner:
     def train_step(self, inputs: Any, targets: Any) -> float:
         self.model.train()
         self._optimizer.zero_grad()
-        loss = loss_of(self.model, tensor(inputs), tensor(targets))
+        loss = loss_of(self.model, *tensors((inputs, targets)))
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self._optimizer.step()
@@ -94,6 +93,11 @@ def warm_up_cosine(steps: int, step: int) -> float:
 def tensor(array: np.ndarray) -> Tensor:
     """Return a tensor of an array; integers, which are classes or tokens, as PyTorch wants them."""
     return torch.from_numpy(array.astype(np.int64) if np.issubdtype(array.dtype, np.integer) else array)
+
+
+def tensors(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return a batch's inputs and targets as tensors."""
+    return tensor(batch[0]), tensor(batch[1])
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -131,7 +135,7 @@ def run_example(
     say(console, f"{example.name}: depth {depth}, {steps} training steps, policy {policy}.")
     learner, history = Learner(example, task, depth, steps, seed, POLICIES[policy]), loop.History()
     with listening() as interrupt:
-        loop.train(learner, history, steps, task, console, interrupt)
+        loop.train(example.name, learner, history, steps, task, console, interrupt)
     if interrupt.asked:
         say(console, f"Stopped after step {len(history.losses)} of {steps}.")
         return None
@@ -140,7 +144,7 @@ def run_example(
         say(console, example.epilogue(learner.model.eval(), task))
     figures: dict[str, Figures] = {}
     if compared:
-        figures = torch_memory.measure(learner.model.train(), *map(tensor, task.batch(steps)))
+        figures = torch_memory.measure(learner.model.train(), *tensors(task.batch(steps)))
         console.print(torch_memory.table(figures))
     held_out = f"{loop.evaluate(learner, task):.4f} {task.unit}"
     row = (example.name, example.paper, f"{steps} steps, depth {depth}", held_out)

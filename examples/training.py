@@ -308,7 +308,7 @@ def run_example(
         checkpoints.load(trained)
         say(console, f"Resumed from {folder} after step {len(run.losses)}.")
     with listening() as interrupt:
-        loop.train(trained, run, settings.steps, task, console, interrupt, save)
+        loop.train(learner.label, trained, run, settings.steps, task, console, interrupt, save)
     if checkpoints:
         checkpoints.save(run, trained)
     if interrupt.asked:
