@@ -58,8 +58,8 @@ CASES = {
     "revnet_cnn": Case(),
     "momentum_cnn": Case(steps=40),
     "irevnet": Case(depth=1),
-    "revvit": Case(steps=40),
-    "revcol": Case(),
+    "revvit": Case(),
+    "revcol": Case(depth=1),
 }
 every_example = pytest.mark.parametrize("name", CASES)
 
