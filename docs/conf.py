@@ -53,7 +53,7 @@ nitpick_ignore_regex = [
     ("py:mod", r"revcore_jax\._.*"),
 ]
 
-# What lies outside of this folder in the repository, and is a page here. Other files can be downloaded.
+# What lies outside of this folder in the repository, and is a page here.
 PAGES = {
     "README.md": "index",
     "CHANGELOG.md": "changelog",
@@ -63,24 +63,35 @@ PAGES = {
 
 
 def link_inward(app: Sphinx, doctree: nodes.document) -> None:
-    """Let links to files outside of this folder lead to the pages made of them."""
+    """Turn links that leave this folder: to the pages of :data:`PAGES`, and to downloads of other files.
+
+    A link to a folder is left as its words. What leads nowhere is left to Sphinx, which warns.
+    """
     found = [*doctree.findall(addnodes.pending_xref), *doctree.findall(addnodes.download_reference)]
     for link in found:
-        if link.get("reftype") == "myst":
-            page = PAGES.get(_in_repository(app, link))
-            if page is not None:
-                attributes = {"reftargetid": None, **link.attributes, "refdomain": "doc", "reftarget": page}
-                link.replace_self(addnodes.pending_xref("", *link.children, **attributes))
+        path = _path(app, link) if link.get("reftype") == "myst" else ""
+        how = {"reftype": "myst", "refexplicit": True, "refdoc": link.get("refdoc")}
+        if path in PAGES:
+            place = None if path == "README.md" else link.get("reftargetid")  # the front page here has other headings
+            new = addnodes.pending_xref(
+                "", *link.children, refdomain="doc", reftarget=PAGES[path], reftargetid=place, **how
+            )
+            link.replace_self(new)
+        elif path and (ROOT / path).is_dir():
+            link.replace_self(link.children)
+        elif path and (ROOT / path).is_file():
+            link.replace_self(addnodes.download_reference("", "", *link.children, reftarget=f"/../{path}", **how))
 
 
-def _in_repository(app: Sphinx, link: nodes.Element) -> str:
-    """Return the path in the repository that a link leads to, or ``""``."""
+def _path(app: Sphinx, link: nodes.Element) -> str:
+    """Return where in the repository a link leads to; ``""`` if it stays in this folder."""
     target = link["reftarget"]
-    if isinstance(link, addnodes.pending_xref):  # MyST has found the file, and left out its ending
-        path = f"{target}.md" if target.startswith("/") else ""
+    if target.startswith(f"{ROOT}/") and link.get("refdomain") == "doc":  # MyST has found it, and left out its ending
+        path = Path(f"{target}.md")
     else:
-        path = app.env.relfn2path(target, link["refdoc"])[1]
-    return path.removeprefix(f"{ROOT}/")
+        path = Path(app.env.relfn2path(target.partition("#")[0], link["refdoc"])[1])
+    inside = path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "docs")
+    return path.relative_to(ROOT).as_posix() if inside else ""
 
 
 def give_title(app: Sphinx, docname: str, source: list[str]) -> None:
