@@ -12,7 +12,7 @@ VENV  := .venv$(if $(SYSTEM_SITE_PACKAGES),-system)
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 
-.PHONY: help setup test lint unit format demo bench gpu clean distclean
+.PHONY: help setup test lint unit format demo bench docs gpu clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -52,6 +52,10 @@ demo: $(READY) ## train a reversible network and show what it took; ARGS="--help
 
 bench: $(READY) ## compare with checkpointing and other libraries; ENGINE=jax for JAX; ARGS="--help" says how
 	$(BIN)/python -m benchmarks.$(ENGINE)_engine $(ARGS)
+
+# `make test` builds the site too, into a folder of its own (tests/test_docs.py).
+docs: $(READY) ## build the documentation site into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 
 gpu: $(READY) ## on a machine with a GPU: run the tests that need one; ARGS=torch or ARGS=jax for the benchmarks
 	PYTHON=$(BIN)/python scripts/gpu_suite.sh $(or $(ARGS),tests)

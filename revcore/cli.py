@@ -1,5 +1,5 @@
 """The command line: ``python -m revcore demo`` shows what the library does, ``plan`` foretells memory, ``parity``
-holds two models or checkpoints against each other."""
+holds two models or checkpoints against each other, ``check`` proves that a coupling inverts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,19 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="""Reversible networks for PyTorch and JAX: activation memory does not grow with depth.
 
-Start with **python -m revcore demo**, which trains one network in both frameworks and shows that they agree.
-**python -m revcore plan transformer** tells what a network of any size would take to train.
-**python -m revcore parity A B** tells whether two models, in PyTorch or JAX each, compute the same.""",
+- **demo**: see it work in both frameworks, and that they agree.\\
+  `python -m revcore demo --steps 10`
+
+- **plan**: will it fit? The memory of a training step, of a network of any size.\\
+  `python -m revcore plan transformer --depth 12,24,48`
+
+- **parity**: do two models compute the same, in PyTorch or JAX each?\\
+  `python -m revcore parity models:in_torch models:in_jax --shape 2,64`
+
+- **check**: does a coupling of mine invert, and by how much do errors grow?\\
+  `python -m revcore check couplings.py:mine`
+
+Each command says more with `--help`.""",
 )
 
 
@@ -266,6 +276,51 @@ def parity(
         rows=rows,
     )
     raise typer.Exit(0 if ok else 1)
+
+
+@app.command()
+def check(
+    coupling: Annotated[
+        str,
+        typer.Argument(
+            help="A coupling, or a class that makes one without arguments, as `package.module:name` or "
+            "`path/to/file.py:name`."
+        ),
+    ],
+    shape: Annotated[
+        str, typer.Option(metavar="N,N,…", help="Of a stream; a real one where the coupling holds arrays.")
+    ] = "64",
+    arrays: Annotated[
+        Literal["numpy", "torch", "jax"],
+        typer.Option(help="Whose arrays to try it on, if its functions take no others."),
+    ] = "numpy",
+    seed: Annotated[int, typer.Option(help="Of the random values.")] = 0,
+) -> None:
+    """Prove on random values that a coupling keeps its laws, before a network is built of it.
+
+    You see, by dtype:
+
+    - **its inverse**: how far `inverse(forward(x, f), f)` is from `x`;
+
+    - **its gradient**: how far `vjp` is from the derivative of `forward`, where the coupling has a `vjp`;
+
+    - **its growth**: how much one step back multiplies an error, which limits how deep a network may be.
+
+    A law that does not hold is named, with the right inverse where `forward` is linear in `x`.
+
+    Exit code: 0 if the laws hold; 1 if one does not; 2 for options that will not do, or code that cannot be run.
+
+    Examples:
+
+    - `python -m revcore check revcore:Affine`
+
+    - `python -m revcore check examples.two_frameworks:COUPLING`
+
+    - `python -m revcore check couplings.py:mine --arrays torch --shape 8,64`
+    """
+    from revcore.check_command import run
+
+    raise typer.Exit(0 if run(coupling, shape=shape, arrays=arrays, seed=seed) else 1)
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ class Coupling:
     def vjp(self, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
         """Return ``(gx, gf)``, the gradients of ``sum(gy * forward(x, f))``.
 
-        ``NotImplemented`` (the default) tells an engine to differentiate :meth:`forward` by itself.
+        ``NotImplemented`` (the default) tells an engine to differentiate :meth:`Coupling.forward` by itself.
         """
         return NotImplemented
 
@@ -130,7 +130,7 @@ class LinearCoupling(Coupling):
 
     @property
     def rate(self) -> float:
-        """The number ``a``: what is left of the target."""
+        """The number ``a``, what is left of the target."""
         raise NotImplementedError(f"{type(self).__name__} has no rate")
 
     def push(self, f: Any) -> Any:

@@ -75,6 +75,11 @@ class DriftReport:
         block_dtype: in which the blocks compute.
         measured: whether ``reconstruction`` was measured; ``gradient`` is made of it by the predictor's rule.
         remedy: what to write instead, where :attr:`level` is ``"warn"`` or ``"error"``; else empty.
+
+    >>> import revcore
+    >>> report = revcore.amplification(revcore.revnet(16, revcore.Additive()), "bfloat16")
+    >>> report.level, report.blocks == tuple(range(16)), report.worst == report.gradient[0]
+    ('warn', True, True)
     """
 
     steps: tuple[str, ...]

@@ -80,6 +80,7 @@ class Exact(Coupling):
 
     @property
     def uses_source(self) -> bool:  # type: ignore[override]
+        """Whether the coupling within takes what the block was given, too."""
         return self.coupling.uses_source
 
     @cached_property

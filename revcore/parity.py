@@ -32,6 +32,8 @@ EPS: dict[str, float] = {**drift.EPS, "tensorfloat32": 2.0**-10}
 # A looser tolerance than this passes networks that are plainly different.
 _LOOSEST = 1e-2
 
+__all__ = ["EPS", "Parting", "Record", "Report", "Row", "Stage", "StepRow", "compare", "loss_weights"]
+
 
 class Stage(NamedTuple):
     """The streams at one place of a reversible network: before its first step, or after one.
@@ -41,6 +43,9 @@ class Stage(NamedTuple):
         streams: the arrays.
         gradients: of the loss, in these streams; ``None`` if none were recorded.
         block: the class of the step's block, which the two sides may call by other names.
+
+    >>> Stage("step 0 (Couple)", [np.ones(2), np.zeros(2)]).gradients is None
+    True
     """
 
     name: str
@@ -66,6 +71,9 @@ class Record:
 
     Raises:
         SpecError: a field of the wrong kind.
+
+    >>> Record({"output": np.ones(3)}, depth=8).dtype
+    'float32'
     """
 
     values: Mapping[str, Any] | None = None
@@ -99,6 +107,10 @@ class Row:
         error: ``‖a − b‖``.
         norm: ``‖b‖``.
         problem: why the two cannot be compared, or ``""``.
+
+    >>> one, other = (Record({"loss": x}, dtype="float64") for x in (3.0, 4.0))
+    >>> compare(one, other).rows
+    (Row(kind='value', name='loss', error=1.0, norm=4.0, problem=''),)
     """
 
     kind: str
@@ -116,6 +128,10 @@ class StepRow:
         name: its name.
         forward: ``‖a − b‖ / ‖b‖`` over the streams; infinite if they cannot be compared.
         backward: the same over the gradients in them; ``None`` if none were recorded.
+
+    >>> one, other = (Record(steps=[Stage("input", [x])], dtype="float64") for x in (3.0, 4.0))
+    >>> compare(one, other).steps
+    (StepRow(name='input', forward=0.25, backward=None),)
     """
 
     name: str
@@ -130,6 +146,10 @@ class Parting(NamedTuple):
         name: the step that turns equal streams (or gradients) into unlike ones.
         direction: ``"forward"``, or ``"backward"`` where all streams agree and gradients do not.
         error: ``‖a − b‖ / ‖b‖`` behind it.
+
+    >>> one, other = (Record(steps=[Stage("input", [1.0]), Stage("step 0", [x])], dtype="float64") for x in (3.0, 4.0))
+    >>> compare(one, other).first_apart
+    Parting(name='step 0', direction='forward', error=0.25)
     """
 
     name: str
@@ -151,6 +171,11 @@ class Report:
         limit: how many ``depth·eps`` are allowed.
         names: what the two sides are called.
         steps: the places of the network in running order; empty unless both records have them.
+
+    >>> one, other = (Record({"loss": x}, dtype="float64") for x in (3.0, 4.0))
+    >>> report = compare(one, other)
+    >>> report.ok, report.value_error
+    (False, 0.25)
     """
 
     rows: tuple[Row, ...]
@@ -178,7 +203,7 @@ class Report:
 
     @property
     def first_apart(self) -> Parting | None:
-        """Where the two part: the first step whose streams differ or, where none do, the last whose gradients do.
+        """Where the two part, the first step whose streams differ or, where none do, the last whose gradients do.
 
         They part if an error passes ``limit·depth·eps`` anywhere. The step that began it is sought with the rounding of
         the steps so far, ``limit·(steps so far)·eps``: a difference may grow on its way to the limit.
@@ -199,7 +224,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One sentence: whether the two agree, by how much they differ, and what is wrong."""
+        """One sentence that says whether the two agree, by how much they differ, and what is wrong."""
         agree = "agree" if self.ok else "do NOT agree"
         errors = [("values", self.value_error), ("gradients", self.gradient_error)]
         figures = " and ".join(

@@ -98,7 +98,7 @@ class Program:
 
     @cached_property
     def unrolled(self) -> tuple[Primitive, ...]:
-        """The primitive steps in running order, every ``Repeat`` written out: what torch and NumPy run."""
+        """The primitive steps in running order, every ``Repeat`` written out; torch and NumPy run these."""
         return tuple(unroll(Chain(self.steps)))
 
     @cached_property

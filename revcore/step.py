@@ -239,7 +239,7 @@ class Bijection:
 
     @staticmethod
     def space_to_depth(factor: int, channel_axis: int = 1) -> Bijection:
-        """Fold ``factor × factor`` patches of every stream into channels; see :class:`SpaceToDepth`.
+        """Fold ``factor × factor`` patches of every stream into channels; see :class:`revcore.step.SpaceToDepth`.
 
         >>> Bijection.space_to_depth(2).inverse
         SpaceToDepth(factor=2, channel_axis=1, inverse=True)
@@ -261,6 +261,7 @@ class Anchor:
 
     @property
     def block(self) -> bool:
+        """An anchor always calls a block."""
         return True
 
 

@@ -8,9 +8,9 @@ attributes, as in a torch ``state_dict``. The layouts are torch's too, but for a
 layer               neutral (and torch)                      Flax, NNX and Linen
 ==================  =======================================  =========================================================
 Linear, Dense       ``weight`` (out, in)                     ``kernel`` (in, out)
-Conv 1d, 2d, 3d     ``weight`` (out, in/groups, *k)          ``kernel`` (*k, in/groups, out)
-ConvTranspose       ``weight`` (in, out/groups, *k)          ``kernel`` (*k, in, out), each axis of k reversed;
-                                                             (*k, out, in), not reversed, with ``transpose_kernel``
+Conv 1d, 2d, 3d     ``weight`` (out, in/groups, k…)          ``kernel`` (k…, in/groups, out)
+ConvTranspose       ``weight`` (in, out/groups, k…)          ``kernel`` (k…, in, out), each axis of k reversed;
+                                                             (k…, out, in), not reversed, with ``transpose_kernel``
 LayerNorm, RMSNorm  ``weight``, ``bias`` (features)          ``scale``, ``bias``
 GroupNorm           ``weight``, ``bias`` (channels)          ``scale``, ``bias``
 InstanceNorm        ``weight``, ``bias`` (channels)          ``scale``, ``bias``
@@ -42,6 +42,11 @@ anything else       as it is, under its own name             as it is, under its
 - The form holds arrays, not options. For equal results set them alike: LayerNorm ``epsilon=1e-5,
   use_fast_variance=False``; GELU ``approximate=False``; Flax's BatchNorm momentum 0.9 is torch's 0.1, and torch's
   running variance is the unbiased one; explicit padding in convolutions.
+
+>>> with tempfile.TemporaryDirectory() as folder:
+...     save(f"{folder}/linear.safetensors", {"0.weight": np.ones((3, 2)), "0.bias": np.zeros(3)})
+...     sorted(load(f"{folder}/linear.safetensors")[0])
+['0.bias', '0.weight']
 """
 
 from __future__ import annotations
@@ -65,6 +70,8 @@ _FORMAT = "revcore.weights"
 _VERSION = "1"
 
 T = TypeVar("T")
+
+__all__ = ["bfloat16", "load", "save", "stack", "unstack"]
 
 
 def save(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None):
@@ -277,6 +284,11 @@ def unstack(tensors: Mapping[str, Any], program: Program, prefix: str = "") -> d
 
     Raises:
         SpecError: an array's leading axes are not those of the program's ``Repeat``.
+
+    >>> import revcore
+    >>> program = revcore.Program([revcore.Repeat(revcore.Couple(0, 1), 2)])
+    >>> unstack({"0.weight": np.array([1.0, 2.0])}, program)
+    {'0.weight': array(1.), '1.weight': array(2.)}
     """
     blocks, result = _by_block(tensors, prefix, program.num_slots, "unstack")
     apart: dict[int, dict[str, Any]] = {}

@@ -5,6 +5,11 @@ parameters is that of ordinary submodules. At ``apply`` each block is run as a p
 keys and rng counters (:mod:`revcore_jax._linen_pure`). The rebuild in the backward pass starts from the variables
 *before* the step and draws the same numbers; what the forward pass changed (``batch_stats``, sown values, counters)
 leaves the engine as an auxiliary output and is written back once.
+
+>>> model = ReversibleSequential([nn.Dense(4)] * 6)
+>>> variables = model.init(jax.random.key(0), jnp.ones((2, 8)))
+>>> jax.grad(lambda v: model.apply(v, jnp.ones((2, 8))).sum())(variables)["params"]["layers_0"]["kernel"].shape
+(4, 4)
 """
 
 from __future__ import annotations
@@ -30,6 +35,8 @@ from revcore_jax._linen_pure import Lift, bound, check_uses, fixed, parted, unbo
 from revcore_jax.boundary import bind, check_policy, couple
 from revcore_jax.plan import children, size
 from revcore_jax.trees import Key, dtype_of, narrowed
+
+__all__ = ["ReversibleSequential"]
 
 
 class ReversibleSequential(nn.Module):

@@ -45,7 +45,8 @@ def to_neutral(
             leaves out is absent.
         host: ``False`` gives JAX arrays that stay on their devices, for ``from_neutral`` of either backend or
             :mod:`revcore.parity` on the same device.
-        layers: for Linen, what :func:`linen_layers` found; without it layouts go by the names in the tree.
+        layers: for Linen, what :func:`revcore_jax.neutral.linen_layers` found; without it layouts go by the names in
+            the tree.
 
     Raises:
         SpecError: a Linen kernel whose layer cannot be told, a gradient without a parameter or of another shape.
@@ -69,7 +70,7 @@ def from_neutral(module: Any, tensors: Mapping[str, Any], *, layers: LinenLayers
             ``jax.eval_shape(model.init, ...)`` gives them).
         tensors: what ``to_neutral`` of either backend returned for a module of this structure; what lies on a device
             that both reach is handed over there, by DLPack.
-        layers: for Linen, what :func:`linen_layers` found.
+        layers: for Linen, what :func:`revcore_jax.neutral.linen_layers` found.
 
     Returns:
         ``None`` for an NNX module; new variables for Linen ones, which stay as they are.
@@ -104,9 +105,9 @@ def optimizer_to_neutral(module: Any, state: Any, *, layers: LinenLayers | None 
     """Return the state of optax's Adam: ``step``, and its moments as ``first.NAME`` and ``second.NAME``.
 
     Args:
-        module: whose parameters it trains, as for :func:`to_neutral`.
+        module: whose parameters it trains, as for :func:`revcore_jax.to_neutral`.
         state: an optax state that holds one Adam (``adamw``, within a ``chain``), or an ``nnx.Optimizer``.
-        layers: for Linen, what :func:`linen_layers` found.
+        layers: for Linen, what :func:`revcore_jax.neutral.linen_layers` found.
 
     Raises:
         SpecError: ``state`` holds no Adam, or several.

@@ -5,6 +5,11 @@ rebuild in the backward pass starts from the state *before* the step, so it draw
 block changed (BatchNorm statistics, counts of random numbers, sown values) leaves the engine as an auxiliary output of
 the forward pass, and is written back once. Random numbers of the call (``rngs=``) go from block to block, so where each
 block finds their counts is computed first.
+
+>>> blocks = [nnx.Linear(4, 4, rngs=nnx.Rngs(i)) for i in range(6)]
+>>> model = ReversibleSequential(*blocks)
+>>> nnx.grad(lambda model: model(jnp.ones((2, 8))).sum())(model).layers[0].kernel[...].shape
+(4, 4)
 """
 
 from __future__ import annotations
@@ -32,6 +37,8 @@ Functions = Callable[[Any, Any], Any] | Sequence[Callable[[Any, Any], Any]]
 Layerwise = Sequence[tuple[Sequence[Any], dict[str, Any]]] | None
 Rngs = nnx.Rngs | nnx.RngStream | jax.Array | None
 M = TypeVar("M", bound=nnx.Module)
+
+__all__ = ["ReversibleSequential", "stack", "unstack"]
 
 
 class ReversibleSequential(nnx.Module):
@@ -116,7 +123,7 @@ class ReversibleSequential(nnx.Module):
 
     @property
     def program(self) -> Program:
-        """What is run: the given program, or ``revnet`` over the blocks at hand."""
+        """The given program, or ``revnet`` over the blocks at hand."""
         return self._program or sequential.default_program(len(self.layers), self._couplings, self.num_streams)
 
     def __call__(

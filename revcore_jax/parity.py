@@ -27,6 +27,8 @@ from revcore_jax._layout import LinenLayers, linen_layers, nnx_modules
 from revcore_jax.neutral import _taken, from_neutral, to_neutral
 from revcore_jax.trees import is_inexact
 
+__all__ = ["parameters", "record"]
+
 
 def record(
     model: Any,

@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+__all__ = ["LiveBytes", "Meter"]
+
 
 class LiveBytes(TorchDispatchMode):
     """A context that counts the bytes of every tensor made in it, until it is freed; views count once.
@@ -29,6 +31,11 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         live: the bytes that live now.
         peak: the most that lived at once, measured after each operation.
+
+    >>> with LiveBytes() as memory:
+    ...     a = torch.zeros(1000).double()
+    >>> memory.live, memory.peak
+    (8000, 12000)
     """
 
     def __init__(self) -> None:
@@ -67,6 +74,12 @@ class Meter(LiveBytes):
         flops: of the operations that PyTorch has a formula for (as ``torch.utils.flop_counter``): products of matrices,
             convolutions, attention.
         made: the bytes of all tensors that were made.
+
+    >>> a, b = torch.ones(2, 3), torch.ones(3, 4)
+    >>> with Meter() as meter:
+    ...     c = (a @ b).relu()
+    >>> meter.flops, meter.made
+    (48, 64)
     """
 
     def __init__(self) -> None:

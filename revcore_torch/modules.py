@@ -84,7 +84,7 @@ class ReversibleSequential(nn.Sequential):
 
     @property
     def stream_dtype(self) -> torch.dtype | None:
-        """In which streams are held; ``None``: as they come."""
+        """In which streams are held; ``None`` takes them as they come."""
         return self._stream_dtype
 
     @stream_dtype.setter
@@ -102,7 +102,7 @@ class ReversibleSequential(nn.Sequential):
 
     @property
     def program(self) -> Program:
-        """What is run: the given program, or ``revnet`` over the blocks at hand (so ``append`` and ``del`` work)."""
+        """The given program, or ``revnet`` over the blocks at hand (so ``append`` and ``del`` work)."""
         return self._program or sequential.default_program(len(self), self._couplings, self.num_streams)
 
     def __getitem__(self, idx: Any) -> Any:

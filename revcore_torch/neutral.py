@@ -14,6 +14,8 @@ from revcore import weights
 from revcore.dlpack import is_carried
 from revcore.errors import SpecError
 
+__all__ = ["from_neutral", "optimizer_from_neutral", "optimizer_to_neutral", "to_neutral"]
+
 
 @dataclass(frozen=True)
 class _Entry:

@@ -19,6 +19,8 @@ from revcore_torch.functional import reversible
 from revcore_torch.modules import ReversibleSequential
 from revcore_torch.neutral import _to_torch, from_neutral, to_neutral
 
+__all__ = ["parameters", "record"]
+
 
 def record(
     model: Any,

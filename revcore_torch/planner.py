@@ -60,6 +60,10 @@ class Plan:
         optimizer: bytes of the optimizer's state.
         depth: steps of the longest ``ReversibleSequential``.
         rows: one for each policy.
+
+    >>> found = plan(ReversibleSequential(nn.Linear(4, 4)), torch.empty(2, 8), policies=[Reverse()], optimizer="adam")
+    >>> found.parameters, found.optimizer, found.total(found.rows[0]) - found.rows[0].peak
+    (80, 160, 240)
     """
 
     parameters: int

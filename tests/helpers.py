@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
+
+from revcore import cli
 from revcore.parity import Record, compare
 
 # ``compiler_options`` that undo conftest.py's XLA_FLAGS: XLA's own defaults on the CPU.
@@ -63,3 +67,14 @@ def assert_close(a: Any, b: Any, *, depth: int = 1, dtype: str = "float64", limi
     left, right = (Record(gradients=flat(tree), depth=depth, dtype=dtype) for tree in (a, b))
     report = compare(left, right, limit=limit)
     assert report.ok, f"\n{report}"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command line in this process, and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["revcore", *arguments])
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code

@@ -12,6 +12,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers import call
 
 from revcore import cli, weights
 from revcore.demo.backend import load_backend
@@ -22,17 +23,6 @@ TEXT = b"The quick brown fox jumps over the lazy dog.\n" * 20
 CONFIG = Config(depth=4, steps=5, width=16, context=16, batch=2)
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the command line in this process, and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["revcore", *arguments])
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    assert isinstance(exit_.value.code, int)
-    return exit_.value.code
-
-
 def test_help_leads_to_the_demo_and_imports_no_framework() -> None:
     code = (
         "import sys; sys.argv = ['revcore', '--help']\n"
@@ -41,7 +31,8 @@ def test_help_leads_to_the_demo_and_imports_no_framework() -> None:
         "finally: assert not {'torch', 'jax', 'numpy'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "python -m revcore demo" in done.stdout
+    for command in ("demo --steps", "plan transformer", "parity models:in_torch", "check couplings.py:mine"):
+        assert f"python -m revcore {command}" in " ".join(done.stdout.split())
     assert done.stderr == ""
 
 

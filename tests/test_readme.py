@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/jax.md", "docs/numerics.md")
-BLOCKS = [
-    pytest.param(page, code, id=f"{page}, {i}")
-    for page in PAGES
-    for i, code in enumerate(re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE))
-]
+PAGES = ("README.md", "docs/jax.md", "docs/numerics.md")  # each block is complete, to be copied
+GUIDES = ("docs/guide-pytorch.md", "docs/guide-coupling.md")  # read from the top: a block has the names of those above
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+BLOCKS = [pytest.param(page, code, id=f"{page}, {i}") for page in PAGES for i, code in enumerate(blocks_of(page))]
 
 
 @pytest.mark.parametrize(("page", "code"), BLOCKS)
 def test_example_runs(page: str, code: str) -> None:
     exec(compile(code, page, "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("page", GUIDES)
+def test_guide_runs(page: str) -> None:
+    names = {"__name__": "page"}
+    sys.modules["page"] = types.ModuleType("page")  # dataclasses look for the module of their class
+    try:
+        for code in blocks_of(page):
+            exec(compile(code, page, "exec"), names)
+    finally:
+        del sys.modules["page"]
 
 
 def test_there_are_examples_for_both_frameworks() -> None:
