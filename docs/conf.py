@@ -49,7 +49,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|flax|jax|numpy|os|pathlib|torch)\..*"),
     ("py:class", r"revcore\.coupling\.FunctionCoupling|revcore\.lattice\.Lattice|revcore_jax\._layout\..*"),
-    ("py:class", r"revcore_jax\.nnx\.M"),
+    ("py:class", r"revcore_jax\.nnx\.M|revcore_torch\.hf\.(convert\.Model|kinds\.Settings)|revcore_torch\.session\..*"),
     ("py:mod", r"revcore_jax\._.*"),
 ]
 

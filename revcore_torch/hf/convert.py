@@ -91,7 +91,7 @@ def make_reversible(
     for stack, (name, module) in zip(made, found, strict=True):
         for number, layer in enumerate(module):
             layer.forward = Patch(stack, number, layer).forward  # type: ignore[method-assign]
-        owner_of(model, name).register_forward_hook(stack.after_loop, always_call=True)
+        owner_of(model, name).register_forward_hook(stack._after_loop, always_call=True)
     if hasattr(model, "config"):
         model.config.revcore = {name: value for name, value in asdict(chosen).items() if value is not None}  # type: ignore[union-attr]
     return model

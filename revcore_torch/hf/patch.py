@@ -22,6 +22,7 @@ from revcore_torch.hf import caches
 from revcore_torch.hf.kinds import Settings, join, start
 from revcore_torch.session import Session
 from revcore_torch.steps import dtype_of
+from revcore_torch.watch import is_faking
 
 _thread = threading.local()
 # beside the model, which stays one that can be copied and pickled
@@ -37,6 +38,15 @@ class Stack:
         policy: what the backward pass keeps and rebuilds; counts are of layers. May be set at any time.
         stream_dtype: in which the streams are held between layers.
         enabled: ``False`` runs the ordinary layers.
+
+    >>> import transformers
+    >>> from revcore import Reverse
+    >>> from revcore_torch.hf import make_reversible, stacks
+    >>> config = transformers.GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=50, n_positions=16)
+    >>> (stack,) = stacks(make_reversible(transformers.GPT2LMHeadModel(config), "momentum", beta=0.9))
+    >>> stack.policy = Reverse(keep_last=2)
+    >>> stack.depth, stack.name
+    (4, 'transformer.h')
     """
 
     def __init__(self, name: str, depth: int, settings: Settings, policy: Policy, stream_dtype: Any) -> None:
@@ -51,6 +61,7 @@ class Stack:
 
     @property
     def policy(self) -> StepPolicy | Sequence[StepPolicy]:
+        """What the backward pass keeps and rebuilds."""
         return self._policy
 
     @policy.setter
@@ -70,31 +81,32 @@ class Stack:
         """
         self.compiled = options
 
-    def open(self, x: Tensor, keeps_all: bool) -> Session:
+    def _open(self, x: Tensor, keeps_all: bool) -> Session:
         """Begin a forward call; an earlier one that did not come to its end is taken back."""
-        self.close()
+        self._close()
         program = self.program
-        if self.mirrored is not None and torch.rand(()) < 0.5:
+        if self.mirrored is not None and not is_faking() and torch.rand(()) < 0.5:
             program = self.mirrored
         policy = StoreAll() if keeps_all else self.policy
         session = Session(program, policy, start(program, x), self.stream_dtype, functools.partial(join, program))
         _sessions()[self] = session
         return session
 
-    def session(self) -> Session | None:
+    def _session(self) -> Session | None:
+        """The forward call that is open in this thread, if one is."""
         return _sessions().get(self)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """End the forward call that is open in this thread, if one is."""
         session = _sessions().pop(self, None)
         if session is not None and not session.is_over:
             session.drop()
 
-    def after_loop(self, _: nn.Module, __: Any, output: Any) -> None:
+    def _after_loop(self, _: nn.Module, __: Any, output: Any) -> None:
         """A hook of the module that loops over the layers; it is called after a failure, too."""
-        session = self.session()
+        session = self._session()
         done = session.done if session is not None else 0
-        self.close()
+        self._close()
         if session is not None and output is not None:
             raise SpecError(
                 f"{self.name}: layers 0 to {done - 1} of {self.depth} were called, and the output is made after the "
@@ -163,20 +175,20 @@ class Patch:
             keeps_all = not layer.training and torch.is_grad_enabled() and caches.holds_any(rest, kwargs)
             if keeps_all:
                 caches.warn_of_storing()
-            session = stack.open(x, keeps_all)
+            session = stack._open(x, keeps_all)
         else:
-            session = stack.session()
+            session = stack._session()
         if session is None or session.done != self.number:
             came = "before layer 0" if session is None else f"after layer {session.done - 1}"
-            stack.close()
+            stack._close()
             raise SpecError(f"{stack.name}: layer {self.number} was called {came}, expected one after the other")
         try:
             if session.records:
                 rest, kwargs = caches.without(rest, kwargs)
             out = session.call(self._block, x, tuple(rest), kwargs)
         except BaseException:
-            stack.close()
+            stack._close()
             raise
         if session.is_over:
-            stack.close()
+            stack._close()
         return out if self.residual.in_tuple else out[0]
