@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -36,7 +37,7 @@ class Row:
     """What one training step takes under one policy.
 
     Attributes:
-        policy: of every ``ReversibleSequential`` in the model.
+        policy: of every ``ReversibleSequential`` and reversible stack of layers in the model.
         held: bytes that the forward pass leaves for the backward pass, beyond the model and its inputs.
         peak: the most bytes that live at once, beyond the same; gradients that the pass makes are among them.
         flops: of the forward pass.
@@ -58,7 +59,7 @@ class Plan:
         parameters: bytes of the model's parameters and buffers.
         gradients: bytes of the gradients that are there before the pass.
         optimizer: bytes of the optimizer's state.
-        depth: steps of the longest ``ReversibleSequential``.
+        depth: steps of the longest ``ReversibleSequential``, or layers of the longest stack.
         rows: one for each policy.
 
     >>> found = plan(ReversibleSequential(nn.Linear(4, 4)), torch.empty(2, 8), policies=[Reverse()], optimizer="adam")
@@ -122,10 +123,11 @@ def plan(
     tensors and its own attributes, it does (a hook that prints, prints). Compiled parts run eagerly.
 
     Args:
-        model: any module with a ``ReversibleSequential`` in it: a real one, or one without data, made on the ``meta``
-            device or under ``FakeTensorMode``.
+        model: any module with a ``ReversibleSequential`` in it, or one made reversible by
+            :func:`revcore_torch.hf.make_reversible`: a real one, or one without data, made on the ``meta`` device or
+            under ``FakeTensorMode``.
         *inputs: what the model is called with, as are ``**kwargs``; their tensors may be real, meta or fake, too.
-        policies: what to compare; a sensible choice by default. Each is given to every ``ReversibleSequential``.
+        policies: what to compare; a sensible choice by default. Each is given to all of them.
         loss: makes a scalar of the model's output; by default the sum over all its floating-point tensors.
         optimizer: adds its state to the totals: ``"none"``, ``"sgd"``, ``"momentum"``, ``"adam"`` or ``"adamw"``.
         gradients: whether the parameters' gradients are there before the pass (``True``: accumulated into; ``False``:
@@ -147,10 +149,13 @@ def plan(
     """
     if optimizer not in OPTIMIZERS:
         raise SpecError(f"optimizer came as {optimizer!r}, expected one of {', '.join(map(repr, OPTIMIZERS))}")
-    networks = [module for module in model.modules() if isinstance(module, ReversibleSequential)]
+    networks = _networks(model)
     if not networks:
-        raise SpecError(f"there is no ReversibleSequential in the {type(model).__name__}, so no policy to plan for")
-    depth = max(len(network.program.unrolled) for network in networks)
+        raise SpecError(
+            f"there is no ReversibleSequential in the {type(model).__name__}, and hf.make_reversible made none of its "
+            "layers reversible, so no policy to plan for"
+        )
+    depth = max(getattr(network, "depth", 0) or len(network.program.unrolled) for network in networks)
     chosen = default_policies(depth) if policies is None else tuple(map(check_policy, policies))
     rows = []
     for policy in chosen:
@@ -184,9 +189,8 @@ def _row(
     fakes: Fakes, model: nn.Module, inputs: Any, kwargs: Any, policy: Policy, loss: Any, gradients: bool | None
 ) -> Row:
     net, args, kw = fakes.copy((model, inputs, kwargs))
-    for module in net.modules():
-        if isinstance(module, ReversibleSequential):
-            module.policy = policy
+    for network in _networks(net):
+        network.policy = policy
     for parameter in net.parameters() if gradients is not None else ():
         parameter.grad = torch.empty_like(parameter) if gradients and parameter.requires_grad else None
     with torch.enable_grad(), Meter() as meter:
@@ -200,6 +204,13 @@ def _row(
         with real_gradients_kept(total):
             total.backward()
     return Row(policy, held, meter.peak, forward, meter.flops / forward if forward else math.nan)
+
+
+def _networks(model: nn.Module) -> list[Any]:
+    """Return what in a model has a policy."""
+    found: list[Any] = [module for module in model.modules() if isinstance(module, ReversibleSequential)]
+    hf = sys.modules.get("revcore_torch.hf.convert")  # which imports transformers, where it is in use
+    return found + (hf.stacks(model) if hf is not None else [])
 
 
 def _sum(output: Any) -> Any:

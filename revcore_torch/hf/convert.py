@@ -12,7 +12,7 @@ from torch import nn
 
 from revcore.errors import SpecError
 from revcore.policy import Policy, Reverse
-from revcore_torch.hf.kinds import KindName, Settings, settings
+from revcore_torch.hf.kinds import KindName, Settings, implied, settings
 from revcore_torch.hf.patch import Patch, Stack
 from revcore_torch.hf.stacks import find_stacks, owner_of
 
@@ -59,7 +59,8 @@ def make_reversible(
 
     Args:
         model: a transformer whose layers take hidden states first and return them, of the same shape.
-        kind: which network; ``None`` takes that of ``model.config.revcore``.
+        kind: which network; ``None``: that which ``beta``, ``h`` or ``gamma`` belongs to, or if none of them is given,
+            that of ``model.config.revcore``.
         beta: of ``momentum``, strictly between 0 and 1; 0.5 by default.
         h: of ``leapfrog``: the step width; 1 by default.
         gamma: of ``bdia``; 0.5 by default.
@@ -82,6 +83,7 @@ def make_reversible(
     ('encoder.layer', 0.1)
     """
     given = {"beta": beta, "h": h, "gamma": gamma}
+    kind = kind or implied(given)
     chosen = _saved(model) if kind is None else settings(kind, given, exact)
     if already := stacks(model):
         raise SpecError(f"{already[0].name} is reversible already: call make_plain(model) first")

@@ -62,6 +62,11 @@ _OWNERS: dict[str, KindName] = {"beta": "momentum", "h": "leapfrog", "gamma": "b
 DEFAULTS: dict[str, Any] = {"beta": 0.5, "h": 1.0, "gamma": 0.5}
 
 
+def implied(given: dict[str, Any]) -> KindName | None:
+    """Return the kind that the first number given belongs to."""
+    return next((owner for name, owner in _OWNERS.items() if given[name] is not None), None)
+
+
 def settings(kind: Any, given: dict[str, Any], exact: int | bool | None) -> Settings:
     """Return the settings that arguments ask for; a number that was not given has its default."""
     values = {name: given[name] for name in _OWNERS if given[name] is not None}

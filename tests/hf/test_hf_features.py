@@ -20,9 +20,11 @@ from helpers import assert_close, tree_error
 from hf_models import GENERATORS, by_hand, inputs, make
 from torch import nn
 
+import revcore_torch
 from revcore import MemoryBudget, SpecError
 from revcore_torch import Reverse, StoreAll, is_recomputing
 from revcore_torch.hf import compare, make_plain, make_reversible, plain, stacks
+from revcore_torch.memory import LiveBytes
 
 PROMPT = torch.tensor([[5, 7, 11, 13]])
 
@@ -151,6 +153,17 @@ def test_gradient_checkpointing_is_no_third_run() -> None:
     assert tree_error(*found) == 0
 
 
+def test_its_memory_is_planned() -> None:
+    model, given = momentum("bert"), inputs("bert")
+    found = revcore_torch.plan(model, **given, policies=[StoreAll(), Reverse()], loss=lambda out: out.loss)
+    assert found.depth == 3
+    with LiveBytes() as memory:
+        loss = model(**given).loss
+        assert found.rows[1].held == memory.live < found.rows[0].held
+        loss.backward()
+    assert stacks(model)[0].policy == Reverse()
+
+
 # --- saving, copying, undoing -----------------------------------------------------------------------------------------
 
 
@@ -244,6 +257,13 @@ def test_compiled_gradients_are_the_same(whole: bool) -> None:
     assert graphs
     assert tree_error(gradients(model), expected) < 1e-9
     copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(("number", "kind"), [("beta", "momentum"), ("h", "leapfrog"), ("gamma", "bdia")])
+def test_a_number_tells_the_kind(number: str, kind: str) -> None:
+    options: Any = {number: 0.5}
+    (stack,) = stacks(make_reversible(make("bert"), **options))
+    assert stack.settings.kind == kind
 
 
 # --- what is refused, and what is left after a failure ----------------------------------------------------------------
