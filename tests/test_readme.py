@@ -11,11 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/jax.md", "docs/numerics.md")  # each block is complete, to be copied
-GUIDES = (
-    "docs/guide-pytorch.md",
-    "docs/guide-coupling.md",
-    "docs/huggingface.md",
-)  # read from the top: a block has the names of those above
+# Read from the top: a block has the names of those above.
+GUIDES = ("docs/guide-pytorch.md", "docs/guide-coupling.md", "docs/huggingface.md")
 
 
 def blocks_of(page: str) -> list[str]:
