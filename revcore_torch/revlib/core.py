@@ -127,6 +127,8 @@ def _on_first(fn_out: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 def coupling_of(forward: Any, inverse: Any) -> Coupling:
     """Return the coupling of two of revlib's functions, or two ``None``, proved on random values."""
+    if isinstance(forward, Coupling) and inverse is None:
+        return forward
     additive = (None, additive_coupling_forward), (None, additive_coupling_inverse)
     if forward in additive[0] and inverse in additive[1]:
         forward = inverse = None
@@ -208,7 +210,7 @@ class ReversibleModule(nn.Module):
 
     Args:
         wrapped_module: the block.
-        coupling_forward: ``y = coupling_forward(x, f)``; additive by default.
+        coupling_forward: ``y = coupling_forward(x, f)``, additive by default; or a :class:`revcore.Coupling`.
         coupling_inverse: ``x = coupling_inverse(y, f)``, its true inverse; checked here and now.
         memory_savings: ``False`` keeps everything; two streams in, two out.
         cache: keep this module's two streams by themselves (so memory grows with depth); two streams in, two out.
@@ -238,6 +240,8 @@ class ReversibleModule(nn.Module):
     ) -> None:
         super().__init__()
         self.coupling = coupling_of(coupling_forward, coupling_inverse)
+        if isinstance(coupling_forward, Coupling):
+            coupling_forward, coupling_inverse = coupling_forward.forward, coupling_forward.inverse
         self.device = device_of(target_device)
         self.wrapped_module = ReversibleWrapper(wrapped_module, coupling_forward, coupling_inverse)
         self.memory_savings, self.cache, self.target_device = memory_savings, cache, target_device

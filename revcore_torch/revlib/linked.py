@@ -21,7 +21,7 @@ from revcore.policy import Reverse
 from revcore.program import revnet
 from revcore_torch.functional import check
 from revcore_torch.steps import Streams
-from revcore_torch.tape import Tape, _keeps_graph, run
+from revcore_torch.tape import Tape, _can_record, _keeps_graph, run
 
 Slots = tuple[Tensor, Tensor]
 
@@ -56,8 +56,10 @@ class LinkedTape(Tape):
         return outputs
 
     def _in_node(self) -> Sequence[Tensor] | None:
+        if self.arrived is None:
+            return None
         arguments = super()._in_node()
-        return None if arguments is None or self.arrived is None else (*self.arrived, *arguments)
+        return None if arguments is None else (*self.arrived, *arguments)
 
     def take_slots(self) -> Slots:
         """Return the slots to hand on; the tape must not hold what has a graph (T8)."""
@@ -86,7 +88,7 @@ class _Link(torch.autograd.Function):
         again = _keeps_graph() or torch.is_grad_enabled()
         if later is not None and not again:
             later.current = None  # all of its nodes have run
-        tape.arrived = y0.detach(), y1.detach()
+        tape.arrived = y1.detach(), y0.detach()  # the step hands its streams out swapped
         with tape._walking() as walk:
             tape._rebuild(walk, 0)
             before = walk.streams
@@ -121,6 +123,8 @@ def replace_grad(x0: Tensor, x1: Tensor, slot0: Tensor, slot1: Tensor) -> tuple[
     >>> torch.autograd.grad(y0.sum() + y1.sum(), [x, slots[1]])
     (tensor([3., 3.]), tensor([2., 2.]))
     """
+    if not _can_record():  # nor has any module
+        return x0, x1
     return _ReplaceGrad.apply(x0, x1, slot0, slot1)  # type: ignore[return-value]
 
 

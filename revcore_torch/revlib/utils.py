@@ -151,8 +151,8 @@ def momentum_net(
 
     With ``v = x − x_before``, that is ``v ← β·v + (1 − β)·f_i(x)``, ``x ← x + v`` (Sander et al., arXiv 2102.07870,
     whose ``v = 0`` at first is ``s = x``, so ``split_dim=None``). revlib held ``x/βⁱ`` in the place of ``x``, which
-    leaves float32 behind 842 blocks for ``β = 0.9``, and handed it out: its second half of the output is ours
-    divided by ``βⁿ``. Each block is a pair, as revlib had it: ``net[2 * i]`` and ``net[2 * i + 1]``.
+    overflows float32 behind some hundred blocks for ``β = 0.5``, and handed it out: its second half of the output is
+    ours divided by ``βⁿ``. Each block is a pair, as revlib had it: ``net[2 * i]`` and ``net[2 * i + 1]``.
 
     Args:
         *modules: the blocks ``f_i``.
@@ -293,15 +293,13 @@ def module_list_to_momentum_net(
         raise SpecError("the list of modules came empty, expected at least one")
     _check_additive(coupling_forward, coupling_inverse)
     mode = MemoryModes(memory_mode)
-    momentum = Momentum(beta)
     waiting: list[Any] = []
 
-    def one(block: nn.Module, forward: Any = None, inverse: Any = None, **place: Any) -> SingleBranchReversibleModule:
+    def one(block: nn.Module, coupling: Any = None, **place: Any) -> SingleBranchReversibleModule:
         return SingleBranchReversibleModule(
             waiting,
             block,
-            forward,
-            inverse,
+            coupling,
             memory_savings=mode != MemoryModes.no_savings,
             cache=ReversibleModuleCache() if mode == MemoryModes.checkpoint else None,
             target_device=target_device,
@@ -314,7 +312,7 @@ def module_list_to_momentum_net(
     for i, layer in enumerate(layers):
         last = i == len(layers) - 1
         stem = one(MomentumNetStem(layer), first=i == 0, last=last)
-        side = one(MomentumNetSide(), momentum.forward, momentum.inverse)
+        side = one(MomentumNetSide(), Momentum(beta))
         result.append(stem if last else MergeCalls(stem, side, collate_fn=_first_and_extra))
     return result
 
