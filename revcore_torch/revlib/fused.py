@@ -44,7 +44,7 @@ class FusedOptimizer:
                 "functools.partial(torch.optim.SGD, lr=0.1)"
             )
         self._groups = [_Group(make, parameters) for parameters in _grouped(blocks)]
-        self._handles: list[Any] | None = None
+        self._hooked: set[int] = set()
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -59,13 +59,14 @@ class FusedOptimizer:
                 "the blocks have other parameters than fused_optimizer was given (a block was added or removed, or "
                 "weights were replaced by other objects): make the model anew"
             )
-        if self._handles is None:  # new, or a copy: copies of parameters have no hooks
-            self._handles = [
-                p.register_post_accumulate_grad_hook(group.arrived) for group in self._groups for p in group.parameters
-            ]
+        for group in self._groups:
+            for p in group.parameters:
+                if p.requires_grad and id(p) not in self._hooked:  # a frozen one takes no hook
+                    self._hooked.add(id(p))
+                    p.register_post_accumulate_grad_hook(group.arrived)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": None}
+        return {**self.__dict__, "_hooked": set()}  # copies of parameters have no hooks
 
 
 class _Group:
