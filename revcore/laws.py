@@ -171,7 +171,7 @@ def couplings_from_functions(forward: Any, inverse: Any, asarray: Callable[[np.n
             f"{len(forwards)} coupling_forward and {len(inverses)} coupling_inverse came, expected as many of one as "
             "of the other: they are used in pairs"
         )
-    pairs = zip(forwards, inverses, strict=True)
+    pairs: Any = zip(forwards, inverses, strict=True)
     couplings = tuple(Additive() if f is None and g is None else Coupling.from_functions(f, g) for f, g in pairs)
     for coupling in couplings:
         try:

@@ -136,6 +136,7 @@ class ReversibleSequential(nn.Sequential):
             raise SpecError(
                 "a ReversibleSequential with a program of its own cannot be sliced: build the part's program"
             )
+        options: Any = {} if self.revlib is None else {"target_device": self.revlib.target_device}
         part = type(self)(
             OrderedDict(list(self._modules.items())[idx]),  # type: ignore[arg-type]
             split_dim=self.split_dim,
@@ -143,7 +144,7 @@ class ReversibleSequential(nn.Sequential):
             num_streams=self.num_streams,
             policy=self.policy,
             stream_dtype=self.stream_dtype,
-            **({} if self.revlib is None else {"target_device": self.revlib.target_device}),
+            **options,
         )
         return part.train(self.training)
 
@@ -209,12 +210,12 @@ class ReversibleSequential(nn.Sequential):
         total = functools.reduce(torch.add, streams)
         return total / len(streams) if how == "mean" else total
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if any(".wrapped_module." in key for key in state_dict):
             from revcore_torch.revlib.keys import rename
 
             rename(state_dict, prefix, tuple(self._modules))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         held = f", stream_dtype={self.stream_dtype}" if self.stream_dtype is not None else ""

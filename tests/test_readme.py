@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/jax.md", "docs/numerics.md")
+PAGES = ("README.md", "docs/jax.md", "docs/migration.md", "docs/numerics.md")
 BLOCKS = [
     pytest.param(page, code, id=f"{page}, {i}")
     for page in PAGES

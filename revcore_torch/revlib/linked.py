@@ -106,9 +106,9 @@ class _ReplaceGrad(torch.autograd.Function):
         return x0, x1
 
     @staticmethod
-    def backward(ctx: Any, g0: Tensor | None, g1: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x0, x1 = ctx.saved_tensors
-        return g0, g1, x0.detach(), x1.detach()
+        return *grads, x0.detach(), x1.detach()
 
 
 def replace_grad(x0: Tensor, x1: Tensor, slot0: Tensor, slot1: Tensor) -> tuple[Tensor, Tensor]:

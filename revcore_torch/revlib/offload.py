@@ -35,7 +35,8 @@ class OnDevice(nn.Module):
 
     The copies are part of the block's graph, and so are kept, dropped and made again as its activations are: under
     ``Reverse()`` one block's at a time. A gradient goes back through the copying, so it arrives at the parameter, where
-    that is. Of the buffers, those that the block changed are copied back.
+    that is. Of the buffers, those that the block changed are copied back. A block that is itself a reversible network
+    is given its own ``target_device``: copies are other objects than its tape knows, and refused by it.
 
     >>> block = nn.Linear(2, 2)
     >>> OnDevice(block, torch.device("cpu"))(torch.ones(1, 2)).shape
@@ -53,39 +54,21 @@ class OnDevice(nn.Module):
 
 @contextlib.contextmanager
 def _moved(block: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put copies on ``device`` in the places of the block's parameters and buffers meanwhile."""
     # not torch.func.functional_call: of a module that occurs twice in the block, it leaves the copies in place
     modules = list(block.modules())
-    copies: dict[int, Tensor] = {}
-
-    def moved(tensors: dict[str, Any]) -> dict[str, Any]:
-        for tensor in tensors.values():
-            if tensor is not None and id(tensor) not in copies:
-                copies[id(tensor)] = _move(tensor, device)
-        return {name: None if t is None else copies[id(t)] for name, t in tensors.items()}
-
-    before = [(place, place.copy()) for m in modules for place in (m._parameters, m._buffers) if place]
-    there = [moved(content) for _, content in before]
-    versions = {id(copy): copy._version for copy in copies.values()}
-    statistics = {
-        id(buffer)
-        for module in modules
-        if isinstance(module, _NormBase) and module.training
-        for buffer in module._buffers.values()
-    }
-    for (place, _), content in zip(before, there, strict=True):
-        place.update(content)
+    places: list[dict[str, Any]] = [place for m in modules for place in (m._parameters, m._buffers) if place]
+    before = [place.copy() for place in places]
+    tensors = {id(t): t for content in before for t in content.values() if t is not None}
+    copies = {key: _move(tensor, device) for key, tensor in tensors.items()}
+    versions = {key: copy._version for key, copy in copies.items()}
+    there = [{name: copies.get(id(t)) for name, t in content.items()} for content in before]
+    _put(places, there)
     try:
         yield
-        replaced = [
-            name
-            for (place, _), content in zip(before, there, strict=True)
-            for name in content
-            if place.get(name) is not content[name]
-        ]
+        replaced = [n for place, copy in zip(places, there, strict=True) for n in copy if place.get(n) is not copy[n]]
     finally:
-        for place, content in before:
-            place.clear()
-            place.update(content)
+        _put(places, before)
         for module in modules:
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()  # a list of its own, of the copies
@@ -94,16 +77,22 @@ def _moved(block: nn.Module, device: torch.device) -> Iterator[None]:
             f"a block replaced its buffer or parameter {replaced[0]} by another tensor, which target_device does not "
             "follow: change it in place (self.buffer.copy_(new))"
         )
-    for _, content in before:
-        for tensor in content.values():
-            copy = copies.get(id(tensor))
-            if copy is None or copy is tensor or isinstance(tensor, nn.Parameter):
+    for module in modules:
+        statistics = isinstance(module, _NormBase) and module.training
+        for buffer in module._buffers.values():
+            if buffer is None or (copy := copies[id(buffer)]) is buffer:
                 continue
-            if id(tensor) in statistics:
-                tensor.data.copy_(copy)  # as native_batch_norm changes them: autograd counts no change
-            elif copy._version != versions[id(copy)]:
+            if statistics:
+                buffer.data.copy_(copy)  # as native_batch_norm changes them: autograd counts no change
+            elif copy._version != versions[id(buffer)]:
                 with torch.no_grad():
-                    tensor.copy_(copy)
+                    buffer.copy_(copy)
+
+
+def _put(places: list[dict[str, Any]], contents: list[dict[str, Any]]) -> None:
+    for place, content in zip(places, contents, strict=True):
+        place.clear()
+        place.update(content)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -68,8 +68,8 @@ def test_101_irevnet() -> None:
         model(norm=channels)(double(2, 3, 10, 10))
     net = model(norm=None)
     assert net(double(2, 3, 10, 10)).size() == (2, classes, 6, 6)  # as printed, 224 was to stay 224 without padding
-    twin = copy.deepcopy(net)
-    plain = nn.Sequential(twin[0], PlainRevNet([*twin[1]]), twin[2])
+    first, middle, last = copy.deepcopy([*net])
+    plain = nn.Sequential(first, PlainRevNet([*middle.children()]), last)
     assert_like_plain(net, plain, double(2, 3, 10, 10), depth + 2, limit=64)
 
 
@@ -227,7 +227,8 @@ def test_172_irevnet() -> None:
     out.mean().backward()
     assert out.size() == (1, classes, 8, 8)
     assert {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {1}  # type: ignore[arg-type]
-    plain = nn.Sequential(copy.deepcopy(twin[0]), PlainRevNet(copy.deepcopy([*twin[1]])), copy.deepcopy(twin[2]))
+    first, middle, last = copy.deepcopy([*twin])
+    plain = nn.Sequential(first, PlainRevNet([*middle.children()]), last)
     assert_like_plain(twin, plain, double(2, 3, 8, 8), depth + 2, limit=64)
 
 

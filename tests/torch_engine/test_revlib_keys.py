@@ -104,7 +104,7 @@ def test_assign_and_not_strict(version: Version) -> None:
     state = saved(theirs, version)
     ours.load_state_dict(state, assign=True)
     assert_same(ours, theirs)
-    gone = [key for key in state if "running_mean" in key][0]
+    gone = next(key for key in state if "running_mean" in key)
     del state[gone]
     missing, unexpected = network(3).load_state_dict(state, strict=False)
     assert (len(missing), unexpected) == (1, [])

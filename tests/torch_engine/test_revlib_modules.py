@@ -67,8 +67,9 @@ def chain(depth: int = DEPTH, make: Any = block, *coupling: Any) -> Chain:
     return Chain([revlib.ReversibleModule(make(), *coupling) for _ in range(depth)])
 
 
-def blocks_of(model: Chain) -> list[nn.Module]:
-    return copy.deepcopy([module.wrapped_module.wrapped_module for module in model.stem])
+def blocks_of(model: Chain) -> list[Any]:
+    modules: Any = model.stem
+    return copy.deepcopy([module.wrapped_module.wrapped_module for module in modules])
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -152,10 +153,10 @@ def test_chain_with_a_coupling_that_is_not_additive() -> None:
 
 
 def test_chain_with_batch_norm_moves_statistics_once() -> None:
-    model = chain(DEPTH, lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Tanh()).double())
-    # a bias before BatchNorm has no gradient but rounding
-    for module in model.stem:
-        module.wrapped_module.wrapped_module[0].bias = None
+    def make() -> nn.Module:  # a bias before BatchNorm has no gradient but rounding
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.BatchNorm1d(WIDTH), nn.Tanh()).double()
+
+    model = chain(DEPTH, make)
     assert_like_plain(model, PlainRevNet(blocks_of(model)), make_input(), DEPTH, limit=64)
 
 
@@ -365,7 +366,7 @@ def test_momentum_net_is_the_papers_where_both_streams_begin_as_the_input() -> N
 
 def test_momentum_net_stays_finite_at_depth_500() -> None:
     depth, beta = 500, 0.5
-    blocks = [nn.Tanh()] * depth
+    blocks: list[nn.Module] = [nn.Tanh()] * depth
     x = torch.randn(3, 2 * WIDTH, requires_grad=True)
     with torch.no_grad():
         assert not scaled_momentum_net(blocks, x, beta)[1].isfinite().all()

@@ -114,6 +114,9 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> Moves:
 class Counts(nn.Module):
     """Has a buffer that its call changes, and one that is constant."""
 
+    calls: Tensor
+    one: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
