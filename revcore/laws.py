@@ -171,8 +171,10 @@ def couplings_from_functions(forward: Any, inverse: Any, asarray: Callable[[np.n
             f"{len(forwards)} coupling_forward and {len(inverses)} coupling_inverse came, expected as many of one as "
             "of the other: they are used in pairs"
         )
-    pairs: Any = zip(forwards, inverses, strict=True)
-    couplings = tuple(Additive() if f is None and g is None else Coupling.from_functions(f, g) for f, g in pairs)
+    couplings = tuple(
+        Additive() if pair == (None, None) else Coupling.from_functions(*pair)
+        for pair in zip(forwards, inverses, strict=True)
+    )
     for coupling in couplings:
         try:
             check_coupling(coupling, asarray=asarray)
