@@ -17,7 +17,7 @@ from revcore.errors import SpecError
 from revcore.laws import InverseReport
 from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program
-from revcore_torch.functional import Layerwise, inverse, inverse_report, joined
+from revcore_torch.functional import Layerwise, eager, inverse, inverse_report, joined
 from revcore_torch.steps import dtype_of
 
 CouplingFunction = Callable[[Any, Any], Any] | None  # None, in a list: the additive one
@@ -154,7 +154,9 @@ class ReversibleSequential(nn.Sequential):
         ``*args`` and ``**kwargs`` go to every block after its source; ``layerwise_args_kwargs`` holds one more
         ``(args, kwargs)`` pair for each block. ``aux`` is a list with one tuple for each block.
         """
-        return joined(
+        # copies of parameters come and go while a block runs, which no compiled graph does
+        run = eager if self.revlib is not None and self.revlib.target_device is not None else joined
+        return run(
             self,
             self.blocks,
             input,

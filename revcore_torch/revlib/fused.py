@@ -18,8 +18,10 @@ class FusedOptimizer:
     all. When those of a block are complete, its optimizer steps and its gradients are freed, before the block below is
     run again. Parameters that got no gradient in a pass do not hold the others up beyond its end.
 
-    After a step the weights are not those of the forward pass, so a second backward pass over one graph
-    (``retain_graph``) is refused, as any change of weights is.
+    It steps in every backward pass. After a step the weights are not those of the forward pass, so a second backward
+    pass over one graph (``retain_graph``) is refused, as any change of weights is. Gradients are those that autograd
+    adds up: what is done to them later (clipping by the norm of all, a ``GradScaler``, the average of
+    ``DistributedDataParallel``) comes too late, so do not combine it with these.
 
     Args:
         make: makes an optimizer of a list of parameters, such as ``functools.partial(torch.optim.SGD, lr=0.1)``.

@@ -111,6 +111,7 @@ class _ReplaceGrad(torch.autograd.Function):
         return *grads, x0.detach(), x1.detach()
 
 
+@torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
 def replace_grad(x0: Tensor, x1: Tensor, slot0: Tensor, slot1: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(x0, x1)``; on the way back, the slots' "gradients" are these two tensors.
 

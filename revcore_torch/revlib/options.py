@@ -54,8 +54,10 @@ class Options:
         """Return what is called in the place of ``blocks``."""
         if self.fused is not None:
             self.fused.attach(blocks)
-        if self.target_device is None:
-            return blocks
+        return blocks if self.target_device is None else self._offloaded(blocks)
+
+    @torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
+    def _offloaded(self, blocks: tuple[Any, ...]) -> tuple[Any, ...]:
         if [on.block for on in self._on_device] != [*blocks]:
             self._on_device = tuple(OnDevice(block, self.target_device) for block in blocks)
         return self._on_device

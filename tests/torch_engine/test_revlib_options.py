@@ -456,6 +456,18 @@ def test_both_at_once(moves: Moves) -> None:
     assert_fused_like_unfused([block(0.4) for _ in range(DEPTH)], target_device="cpu")
 
 
+def test_compiled(moves: Moves) -> None:
+    def parameters(compiled: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = ReversibleSequential(*[block() for _ in range(3)], target_device="cpu", fused_optimizer=SGD)
+        call: Any = torch.compile(model, backend="eager") if compiled else model
+        call(make_input()).sum().backward()
+        return [*model.parameters()]
+
+    for got, expected in zip(parameters(True), parameters(False), strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_options_do_not_change_a_value() -> None:
     x = make_input()
     model = ReversibleSequential(*[block(0.3) for _ in range(3)])
