@@ -58,6 +58,7 @@ class Options:
 
     @torch._disable_dynamo  # T10  # pyright: ignore[reportPrivateImportUsage]
     def _offloaded(self, blocks: tuple[Any, ...]) -> tuple[Any, ...]:
+        assert self.target_device is not None
         if [on.block for on in self._on_device] != [*blocks]:
             self._on_device = tuple(OnDevice(block, self.target_device) for block in blocks)
         return self._on_device
