@@ -2,7 +2,8 @@
 
 New code needs none of them; ``docs/migration.md`` says which name of today each stands for, and what revlib got wrong.
 
-- ``core``: modules for one step, :class:`MemoryModes`, and the functions that revlib's own examples call
+- ``core``: modules for one step
+- ``functions``: couplings, :class:`MemoryModes`, and what else is no module
 - ``utils``: networks made of existing ``nn.Sequential`` and ``nn.ModuleList``
 - ``options``, ``offload``, ``fused``: the keyword arguments ``memory_mode``, ``target_device`` and ``fused_optimizer``
 - ``linked``: a tape over modules that are called one by one

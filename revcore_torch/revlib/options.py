@@ -12,7 +12,8 @@ from revcore import sequential
 from revcore.errors import SpecError
 from revcore.policy import Policy
 from revcore.program import Program
-from revcore_torch.revlib.core import MemoryModes, ReversibleModule, coupling_of
+from revcore_torch.revlib.core import ReversibleModule
+from revcore_torch.revlib.functions import MemoryModes, coupling_of
 from revcore_torch.revlib.fused import FusedOptimizer
 from revcore_torch.revlib.offload import OnDevice, device_of
 

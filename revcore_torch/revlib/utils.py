@@ -13,12 +13,10 @@ from torch.utils import _pytree as pytree
 from revcore.coupling import Additive, Momentum
 from revcore.errors import SpecError
 from revcore_torch.modules import ReversibleSequential
-from revcore_torch.revlib.core import (
+from revcore_torch.revlib.core import MergeCalls, ReversibleModuleCache, SingleBranchReversibleModule
+from revcore_torch.revlib.functions import (
     FUSED_OPTIMIZER,
     MemoryModes,
-    MergeCalls,
-    ReversibleModuleCache,
-    SingleBranchReversibleModule,
     additive_coupling_forward,
     additive_coupling_inverse,
     coupling_of,
