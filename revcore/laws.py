@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from revcore.coupling import Coupling
+from revcore.coupling import Additive, Coupling
 from revcore.errors import SpecError
 
 _DTYPES = ("float64", "float32", "float16")
@@ -162,6 +162,8 @@ explain ...). forward is y = 0.9·x + 0.1·f, whose inverse is x = (y - 0.1·f) 
 def couplings_from_functions(forward: Any, inverse: Any, asarray: Callable[[np.ndarray], Any]) -> tuple[Coupling, ...]:
     """Pair ``coupling_forward`` with ``coupling_inverse`` (functions, or lists of one length), and prove each pair.
 
+    ``None`` in the place of both is the additive coupling.
+
     Raises:
         SpecError: lists of different lengths, a function that is none, a pair that breaks a law.
 
@@ -174,7 +176,10 @@ def couplings_from_functions(forward: Any, inverse: Any, asarray: Callable[[np.n
             f"{len(forwards)} coupling_forward and {len(inverses)} coupling_inverse came, expected as many of one as "
             "of the other: they are used in pairs"
         )
-    couplings = tuple(Coupling.from_functions(f, g) for f, g in zip(forwards, inverses, strict=True))
+    couplings = tuple(
+        Additive() if pair == (None, None) else Coupling.from_functions(*pair)
+        for pair in zip(forwards, inverses, strict=True)
+    )
     for coupling in couplings:
         try:
             check_coupling(coupling, asarray=asarray)

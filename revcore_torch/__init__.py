@@ -8,6 +8,9 @@ torch.Size([2, 16])
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from revcore.policy import Checkpoint, MemoryBudget, Reverse, StoreAll
 from revcore_torch.drift import DriftProbe
 from revcore_torch.functional import inverse, reversible
@@ -32,3 +35,28 @@ __all__ = [
     "reversible",
     "to_neutral",
 ]
+
+# The names of revlib: there for old code, in its own words, and not loaded before they are asked for.
+_REVLIB = (
+    "DUAL_OR_QUAD_TENSOR",
+    "QUAD_TENSOR",
+    "MemoryModes",
+    "ReversibleModule",
+    "ReversibleModuleCache",
+    "TensorOffload",
+    "additive_coupling_forward",
+    "additive_coupling_inverse",
+    "momentum_coupling_inverse",
+    "offload_tensor",
+    "replace_grad",
+    "reverse_and_swap",
+)
+_REVLIB_MODULES = ("core", "revlib", "utils")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _REVLIB_MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _REVLIB:
+        return getattr(importlib.import_module(f"{__name__}.revlib"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,10 +17,12 @@ from revcore.errors import SpecError
 from revcore.laws import InverseReport
 from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program
-from revcore_torch.functional import Layerwise, inverse, inverse_report, joined
+from revcore_torch.functional import Layerwise, eager, inverse, inverse_report, joined
 from revcore_torch.steps import dtype_of
 
-CouplingFunction = Callable[[Any, Any], Any]
+CouplingFunction = Callable[[Any, Any], Any] | None  # None, in a list: the additive one
+
+_REVERSE = Reverse()
 
 
 class ReversibleSequential(nn.Sequential):
@@ -45,6 +47,8 @@ class ReversibleSequential(nn.Sequential):
         policy: what the backward pass keeps and rebuilds; never changes a value. ``model.policy`` may be set later.
         stream_dtype: in which streams are held between the blocks, as :func:`reversible` has it: ``"float32"`` under a
             model in bfloat16 or float16 keeps the rebuild from drifting. ``model.stream_dtype`` may be set later.
+        **revlib: ``memory_mode``, ``target_device`` and ``fused_optimizer`` of the library of that name
+            (:class:`revcore_torch.revlib.options.Options`).
 
     Raises:
         SpecError: arguments that contradict each other, a coupling without a true inverse; on a call, an input that
@@ -66,9 +70,15 @@ class ReversibleSequential(nn.Sequential):
         coupling_inverse: CouplingFunction | Sequence[CouplingFunction] | None = None,
         num_streams: int = 2,
         program: Program | None = None,
-        policy: Policy = Reverse(),  # noqa: B008 - frozen
+        policy: Policy = _REVERSE,
         stream_dtype: torch.dtype | str | None = None,
+        **revlib: Any,
     ) -> None:
+        if any(getattr(module, "is_one_step", False) for module in modules):
+            from revcore_torch.revlib.options import unwrap
+
+            modules, coupling = unwrap(modules, program, coupling, coupling_forward, coupling_inverse)
+            coupling_forward = coupling_inverse = None
         super().__init__(*modules)
         self._couplings = sequential.check_settings(
             program, coupling, coupling_forward, coupling_inverse, num_streams, torch.from_numpy
@@ -81,6 +91,15 @@ class ReversibleSequential(nn.Sequential):
         self.split_dim = split_dim
         self.policy = policy
         self.stream_dtype = stream_dtype
+        self.revlib = None
+        if revlib:
+            from revcore_torch.revlib.options import Options
+
+            self.revlib = Options(tuple(self), **revlib)
+            if self.revlib.policy is not None:
+                if policy is not _REVERSE:
+                    raise SpecError("give either policy or memory_mode: they say the same thing")
+                self.policy = self.revlib.policy
 
     @property
     def stream_dtype(self) -> torch.dtype | None:
@@ -105,6 +124,11 @@ class ReversibleSequential(nn.Sequential):
         """The given program, or ``revnet`` over the blocks at hand (so ``append`` and ``del`` work)."""
         return self._program or sequential.default_program(len(self), self._couplings, self.num_streams)
 
+    @property
+    def blocks(self) -> tuple[Any, ...]:
+        """What is called, in running order."""
+        return tuple(self) if self.revlib is None else self.revlib.run(tuple(self))
+
     def __getitem__(self, idx: Any) -> Any:
         if not isinstance(idx, slice):
             return super().__getitem__(idx)
@@ -112,6 +136,7 @@ class ReversibleSequential(nn.Sequential):
             raise SpecError(
                 "a ReversibleSequential with a program of its own cannot be sliced: build the part's program"
             )
+        options: Any = {} if self.revlib is None else {"target_device": self.revlib.target_device}
         part = type(self)(
             OrderedDict(list(self._modules.items())[idx]),  # type: ignore[arg-type]
             split_dim=self.split_dim,
@@ -119,6 +144,7 @@ class ReversibleSequential(nn.Sequential):
             num_streams=self.num_streams,
             policy=self.policy,
             stream_dtype=self.stream_dtype,
+            **options,
         )
         return part.train(self.training)
 
@@ -128,9 +154,11 @@ class ReversibleSequential(nn.Sequential):
         ``*args`` and ``**kwargs`` go to every block after its source; ``layerwise_args_kwargs`` holds one more
         ``(args, kwargs)`` pair for each block. ``aux`` is a list with one tuple for each block.
         """
-        return joined(
+        # copies of parameters come and go while a block runs, which no compiled graph does
+        run = eager if self.revlib is not None and self.revlib.target_device is not None else joined
+        return run(
             self,
-            tuple(self),
+            self.blocks,
             input,
             args,
             kwargs,
@@ -151,7 +179,7 @@ class ReversibleSequential(nn.Sequential):
         sequential.check_invertible(self._how, "revcore_torch.inverse")
         streams = inverse(
             self.program,
-            tuple(self),
+            self.blocks,
             self.split(output),
             *args,
             layerwise_args_kwargs=layerwise_args_kwargs,
@@ -184,6 +212,13 @@ class ReversibleSequential(nn.Sequential):
         total = functools.reduce(torch.add, streams)
         return total / len(streams) if how == "mean" else total
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if any(".wrapped_module." in key for key in state_dict):
+            from revcore_torch.revlib.keys import rename
+
+            rename(state_dict, prefix, tuple(self._modules))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def extra_repr(self) -> str:
         held = f", stream_dtype={self.stream_dtype}" if self.stream_dtype is not None else ""
         return f"split_dim={self.split_dim}, num_streams={self.num_streams}, policy={self.policy}{held}"
@@ -210,7 +245,7 @@ def check_inverse(
     """
     return inverse_report(
         module.program,
-        tuple(module),
+        module.blocks,
         module.split(input),
         *args,
         layerwise_args_kwargs=layerwise_args_kwargs,

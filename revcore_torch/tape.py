@@ -182,10 +182,14 @@ class Tape:
             self.left = [(t.detach(), version(t)) for t in kept]
         if through:
             with on_host(self.offload):
-                results = _Keep.apply(self, kept, *(outputs[i] for i in through))
+                results = self._pass_through(kept, [outputs[i] for i in through])
             for i, leaf in zip(through, results, strict=True):
                 outputs[i] = leaf
         return pytree.tree_unflatten(outputs, spec)
+
+    def _pass_through(self, kept: tuple[Tensor, ...], outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the outputs as they come out of a node that keeps ``kept``."""
+        return _Keep.apply(self, kept, *outputs)
 
     def _first(self, call: Call, streams: Streams, arguments: Arguments) -> tuple[Streams, tuple[Any, ...]]:
         frame, index = Frame(call, streams, self.generators), len(self.frames)
@@ -304,16 +308,23 @@ class Tape:
         streams = tuple(t.detach() for t in kept[:num_streams])
         return Pass(task, len(self.frames), streams, tuple(kept[num_streams:rest]), arguments)
 
+    def _in_node(self) -> Sequence[Tensor] | None:
+        """Return what the node keeps; ``None`` where it is gone."""
+        node = self.node() if self.node is not None else None
+        return None if node is None else node.saved_tensors
+
+    gone = (
+        "a gradient was asked of a tensor inside a reversible network whose outputs are gone, and the rebuild "
+        "starts from them: keep the outputs until after the backward pass, or use policy=StoreAll()"
+    )
+
     def _kept(self) -> Sequence[Tensor]:
         """Return the tensors that the way back starts from."""
-        node = self.node() if self.node is not None else None
-        if node is not None:
-            return node.saved_tensors
+        kept = self._in_node()
+        if kept is not None:
+            return kept
         if not self.left:
-            raise InversionError(
-                "a gradient was asked of a tensor inside a reversible network whose outputs are gone, and the rebuild "
-                "starts from them: keep the outputs until after the backward pass, or use policy=StoreAll()"
-            )
+            raise InversionError(self.gone)
         if any(version(t) != then for t, then in self.left):
             raise InversionError(
                 "an output or argument of a reversible network was changed in place, and a backward pass starts from "
@@ -523,6 +534,7 @@ def run(
     streams: Streams,
     arguments: Arguments,
     policy: StepPolicy | Sequence[StepPolicy],
+    make_tape: Callable[..., Tape] = Tape,
 ) -> tuple[Streams, list[tuple[Any, ...]]]:
     """Run ``program`` under ``policy``: the streams in their own order, and one tuple of auxiliary outputs a block."""
     _keep_dynamo_out()
@@ -536,12 +548,12 @@ def run(
     if watch is not None:
         streams = watch.encode(streams, "the input")
     if all(segment.kind == "store" for segment in plan):
-        return _run_plan(plan, calls, streams, arguments, [])
+        return _run_plan(plan, calls, streams, arguments, [], make_tape)
     tapes: list[Tape] = []
     probe = probing(program, streams, policy)
     contents, glanced = arguments.contents(), outside.glance()
     try:
-        result = _run_plan(plan, calls, streams, arguments, tapes, probe)
+        result = _run_plan(plan, calls, streams, arguments, tapes, make_tape, probe)
         check_contents(contents, arguments.contents())
     except BaseException:
         _take_back(tapes)
@@ -551,7 +563,7 @@ def run(
         outside.recorded += moved
         _take_back(tapes)
         del result, tapes
-        return run(program, blocks, given, arguments, policy)
+        return run(program, blocks, given, arguments, policy, make_tape)
     for tape in tapes:
         tape.keep()
     return result
@@ -563,6 +575,7 @@ def _run_plan(
     streams: Streams,
     arguments: Arguments,
     tapes: list[Tape],
+    make_tape: Callable[..., Tape],
     probe: DriftProbe | None = None,
 ) -> tuple[Streams, list[tuple[Any, ...]]]:
     aux: list[tuple[Any, ...]] = []
@@ -572,7 +585,7 @@ def _run_plan(
             with on_host(segment.offload):
                 streams, extra = run_plain(here, streams, arguments)
         else:
-            tapes.append(Tape(segment, streams, arguments, probe))
+            tapes.append(make_tape(segment, streams, arguments, probe))
             streams, extra = tapes[-1].record(here, streams, arguments)
         aux += extra
     if calls and calls[0].watch is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/jax.md", "docs/numerics.md")  # each block is complete, to be copied
+PAGES = ("README.md", "docs/jax.md", "docs/migration.md", "docs/numerics.md")  # each block is complete, to be copied
 # Read from the top: a block has the names of those above.
 GUIDES = ("docs/guide-pytorch.md", "docs/guide-coupling.md", "docs/huggingface.md")
 

@@ -18,13 +18,22 @@ EXCEPTIONS: dict[str, dict[str | None, str | None]] = {
     "probe": {},
     "neutral": {None: "layers"},  # Linen's variables do not tell what they belong to
     # random numbers come from keys in JAX
-    "module": {"split_dim": "axis", "modules": "blocks", "input": "x", "output": "y", None: "rngs"},
+    # and there was no revlib for JAX
+    "module": {
+        "split_dim": "axis",
+        "modules": "blocks",
+        "input": "x",
+        "output": "y",
+        "revlib": None,
+        None: "rngs",
+    },
     # a Linen module is a dataclass, and its Repeat is scanned as nn.scan does it
     "linen": {
         "split_dim": "axis",
         "modules": "layers",
         "input": "x",
         "output": "y",
+        "revlib": None,
         None: "parent name variable_axes variable_broadcast split_rngs metadata_params",
     },
 }
@@ -57,7 +66,8 @@ def parameters(module: str, name: str) -> dict[str, inspect.Parameter]:
 
 def differences(left: dict[str, Any], right: dict[str, Any], exceptions: dict[str | None, str | None]) -> list[str]:
     """Say in which arguments two signatures differ."""
-    renamed = {exceptions.get(name) or name: parameter for name, parameter in left.items()}
+    names = {name: exceptions.get(name, name) for name in left}
+    renamed = {name: left[old] for old, name in names.items() if name is not None}
     extra = set((exceptions.get(None) or "").split())
     found = [f"only in torch: {name}" for name in renamed if name not in right]
     found += [f"only in JAX: {name}" for name in right if name not in renamed and name not in extra]
