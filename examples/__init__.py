@@ -1,5 +1,4 @@
-"""Reversible Flax models trained on real data.
+"""Reversible models trained on real data, in PyTorch and in Flax, made to be copied from.
 
-python -m examples.flax_nnx --help
-python -m examples.flax_linen --help
+python -m examples
 """

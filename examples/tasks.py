@@ -50,13 +50,17 @@ def make_task(name: TaskName, seed: int) -> Task:
     return digits(seed) if name == "digits" else text(seed)
 
 
-def digits(seed: int, size: int = 64) -> Task:
-    """Images of handwritten digits, (batch, 8, 8, 1) with pixels in 0…1; 360 of the 1,797 are held out."""
+def digits(seed: int, size: int = 64, channel_axis: int = -1) -> Task:
+    """Images of handwritten digits, pixels in 0…1; 360 of the 1,797 are held out.
+
+    They are (batch, 8, 8, 1), as Flax has them; with ``channel_axis=1`` (batch, 1, 8, 8), as PyTorch has them.
+    """
     require("sklearn", "dev", "the digits")
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    images, labels = (pixels.reshape(-1, 8, 8, 1) / 16).astype(np.float32), labels.astype(np.int32)
+    images = np.expand_dims(pixels.reshape(-1, 8, 8) / 16, channel_axis).astype(np.float32)
+    labels = labels.astype(np.int32)
     order = np.random.default_rng(0).permutation(len(images))
     test, train = order[:360], order[360:]
 

@@ -1,17 +1,15 @@
-"""What the examples share beside their data: the training loop, Orbax checkpoints, and the command line."""
+"""What the Flax examples share beside their data and loop: Orbax checkpoints, measuring, and the command line."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import jax
-import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import typer
@@ -19,16 +17,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from examples import loop
+from examples.command_line import INTERRUPTED, POLICIES, PolicyName, main, say
+from examples.loop import evaluate
 from examples.tasks import Task, TaskName, make_task
-from revcore import Checkpoint, Policy, Reverse, SpecError, StoreAll
-from revcore.demo.interrupt import Interrupt, listening
-from revcore.demo.train import progress
+from revcore import Policy, SpecError
+from revcore.demo.interrupt import listening
 
-PolicyName = Literal["reverse", "checkpoint", "store-all"]
-POLICIES: dict[PolicyName, Policy] = {"reverse": Reverse(), "checkpoint": Checkpoint(), "store-all": StoreAll()}
+__all__ = ["POLICIES", "Learner", "app", "evaluate", "main", "measure", "optimizer"]
+
 STEPS = 600
 DEPTHS: dict[TaskName, int] = {"digits": 8, "text": 12}
-INTERRUPTED = 130
 
 
 class Learner(Protocol):
@@ -79,18 +78,10 @@ class Settings:
 
 
 @dataclass
-class Run:
-    """A run that stands after ``len(losses)`` steps.
-
-    Attributes:
-        settings: what it is.
-        losses: of each step's batch, before the step.
-        seconds: how long each step took that was made by this process.
-    """
+class Run(loop.History):
+    """A run of these settings."""
 
     settings: Settings
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
 
 
 class Checkpoints:
@@ -133,7 +124,7 @@ class Checkpoints:
         """
         about = self._restore(run=ocp.args.JsonRestore())["run"]
         try:
-            run = Run(Settings(**about["settings"]), [float(loss) for loss in about["losses"]])
+            run = Run(Settings(**about["settings"]), losses=[float(loss) for loss in about["losses"]])
         except (TypeError, KeyError, ValueError) as error:
             raise SpecError(f"--resume: {self._at} is not of one of these examples: give another folder") from error
         if len(run.losses) != self._step:
@@ -172,46 +163,7 @@ class Checkpoints:
             ) from error
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def train(
-    learner: Learner,
-    run: Run,
-    task: Task,
-    console: Console,
-    checkpoints: Checkpoints | None,
-    save_every: int,
-    interrupt: Interrupt,
-) -> None:
-    """Train from where ``run`` stands to its end, or until ``interrupt``; the last step done is saved."""
-    steps = run.settings.steps
-    with progress(console) as bars:
-        bar = bars.add_task(learner.label, total=steps, completed=len(run.losses), loss="–", held_out="–")
-        while len(run.losses) < steps and not interrupt.asked:
-            start = time.perf_counter()
-            loss = float(learner.train_step(*task.batch(len(run.losses))))
-            run.seconds.append(time.perf_counter() - start)
-            if not np.isfinite(loss):
-                raise FloatingPointError(f"the loss of step {len(run.losses)} is {loss}")
-            run.losses.append(loss)
-            done = len(run.losses)
-            bars.update(bar, completed=done, loss=f"{loss:.3f}")
-            if done % max(1, steps // 10) == 0 and done < steps:
-                held_out = f"{evaluate(learner, task):.4f}"
-                bars.update(bar, held_out=held_out)
-                if not console.is_terminal:  # a log shows no bars before they are done
-                    bars.print(f"step {done}, loss {loss:.3f}, held out {held_out}")
-            if checkpoints and done % save_every == 0:
-                checkpoints.save(run, learner)
-    if checkpoints:
-        checkpoints.save(run, learner)
-
-
-def evaluate(learner: Learner, task: Task) -> float:
-    """Return the task's score on the held-out data."""
-    scores = [task.score(np.asarray(learner.logits(inputs)), targets) for inputs, targets in task.held_out]
-    return float(np.mean(scores))
+# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def temporary_bytes(learner: Learner) -> int:
@@ -345,24 +297,25 @@ def run_example(
     def make(policy: Policy) -> Learner:
         return learner(task, settings.depth, settings.steps, settings.seed, policy)
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
+    def save(done: int) -> None:
+        if checkpoints and done % save_every == 0:
+            checkpoints.save(run, trained)
 
     about = f"{settings.depth} reversible steps, {settings.steps} training steps, policy {policy}"
-    say(f"{learner.label}, {settings.task}: {about}. Compiling …")
+    say(console, f"{learner.label}, {settings.task}: {about}. Compiling …")
     trained = make(POLICIES[policy])
     if checkpoints and resume:
         checkpoints.load(trained)
-        say(f"Resumed from {folder} after step {len(run.losses)}.")
+        say(console, f"Resumed from {folder} after step {len(run.losses)}.")
     with listening() as interrupt:
-        train(trained, run, task, console, checkpoints, save_every, interrupt)
+        loop.train(learner.label, trained, run, settings.steps, task, console, interrupt, save)
+    if checkpoints:
+        checkpoints.save(run, trained)
     if interrupt.asked:
         way_on = f"To go on: the same command with --resume (and --checkpoint-dir {folder})" if folder else ""
-        say(f"Stopped after step {len(run.losses)} of {settings.steps}. {way_on}")
+        say(console, f"Stopped after step {len(run.losses)} of {settings.steps}. {way_on}")
         return INTERRUPTED
-    milliseconds = 1000 * statistics.median(run.seconds[1:] or run.seconds)
-    say(f"Held-out {task.unit}: {evaluate(trained, task):.4f} (by frequency alone: {task.baseline:.4f})")
-    say(f"Last loss: {run.losses[-1]:.6f}. Time a step: {milliseconds:.1f} ms.")
+    loop.tell(trained, run, task, console)
     if compared:
         console.print(table(measure(make, task)))
     return 0
@@ -383,12 +336,3 @@ def _check_same(run: Run, given: dict[str, Any]) -> None:
 
 def _option(name: str, value: Any) -> str:
     return str(value) if name == "flax" else f"--{name} {value}"
-
-
-def main(app: typer.Typer) -> None:
-    """Run a command line; a :class:`SpecError` is a message, not a traceback."""
-    try:
-        app()
-    except SpecError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(2)
