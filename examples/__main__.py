@@ -24,7 +24,7 @@ from rich.table import Table
 from examples.command_line import INTERRUPTED, main, say
 
 FLAX = ("flax_nnx", "flax_linen")
-TORCH = ("revnet_cnn",)
+TORCH = ("revnet_cnn", "reformer", "leapfrog_transformer", "revgnn")
 HERE = Path(__file__).parent
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")

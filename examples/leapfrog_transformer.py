@@ -1,6 +1,6 @@
 """A transformer as a differential equation, solved by the leapfrog rule, which runs backwards as it runs forwards.
 
-    python -m examples.leapfrog_transformer
+python -m examples.leapfrog_transformer
 
 An ordinary transformer block is ``x + f(x)``: Euler's rule for ``dx/dt = f(x)``, which cannot be undone. The leapfrog
 rule ``x_{n+1} = x_{n−1} + 2h·f(x_n)`` (Chang et al., arXiv 1709.03698) can, with the same ``f``, and its streams have

@@ -1,10 +1,10 @@
-"""RevGNN (Li et al., arXiv 2106.07476): a deep graph network of grouped reversible layers, few of whose nodes are labelled.
+"""A deep graph network of grouped reversible layers, RevGNN, that learns from a tenth of the nodes.
 
-    python -m examples.revgnn
+python -m examples.revgnn
 
-The features of a node are parted into groups, and a layer updates one group after the other, each from the one before
-(``revcore.grouped``). The graph: scikit-learn's digits are the nodes, each tied to its nearest neighbours in pixel space;
-a tenth of them are labelled, and the others are to be found out.
+RevGNN (Li et al., arXiv 2106.07476): a node's features are parted into groups, and a layer updates one group after the
+other, each from the one before (``revcore.grouped``). Here scikit-learn's digits are the nodes, each tied to its
+nearest neighbours in pixel space; a tenth of them are labelled, and the labels of the others are held out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The data of the examples: scikit-learn's digits, as images or as nodes of a graph, and the text of Python's reference.
+"""The data of the examples: scikit-learn's digits, as images or as nodes, and the text of Python's own reference.
 
 Which batch a training step gets is a function of its number alone, so a resumed run goes on exactly.
 """
