@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from examples import torch_memory, torch_training
+from examples import torch_training
 from examples.command_line import POLICIES
-from examples.tasks import VOCABULARY, Batch, Task, text
-from examples.torch_training import Example, tensors
-from revcore import Policy, Reverse, StoreAll
+from examples.tasks import VOCABULARY, Task, text
+from examples.torch_training import Example
+from revcore import Reverse
 from revcore.demo.backend import require
 from revcore_torch import ReversibleSequential
 
@@ -85,30 +85,6 @@ def make(task: Task, depth: int) -> nn.Module:
     return Reformer(depth, context=inputs.shape[1])
 
 
-def gradient(model: nn.Module, batch: Batch, policy: Policy) -> Tensor:
-    """Return the gradient of a batch, all of it in one vector, under the same random hashes each time."""
-    torch_memory.set_policy(model, policy)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        loss = torch_memory.loss_of(model, *tensors(batch))
-        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(model.parameters()))])
-
-
-def compare(model: nn.Module, task: Task, batches: int = 8) -> str:
-    """Say how far the gradient is from the store-all network's, with the buckets kept and without."""
-    kept, rebuilt = [], []
-    for i in range(batches):
-        expected = gradient(model, task.batch(i), StoreAll())
-        for errors, policy in ((kept, KEEP_BUCKETS), (rebuilt, Reverse())):
-            error = gradient(model, task.batch(i), policy) - expected
-            errors.append(float(error.norm() / expected.norm()))
-    torch_memory.set_policy(model, KEEP_BUCKETS)
-    return (
-        f"Gradients against store-all's, the worst of {batches} batches: {max(kept):.1e} with the buckets kept, "
-        f"{max(rebuilt):.1e} under Reverse()."
-    )
-
-
 example = Example(
     name="reformer",
     paper="[Reformer](https://arxiv.org/abs/2001.04451)",
@@ -117,7 +93,6 @@ example = Example(
     counts="layers, each of an attention block and a feed-forward block",
     steps=350,
     task=functools.partial(text, context=CONTEXT, size=4),
-    epilogue=compare,
     policies={**POLICIES, "reverse": KEEP_BUCKETS},
 )
 app = torch_training.app(example)
