@@ -51,7 +51,7 @@ class RevViT(nn.Module):
     def __init__(self, layers: int) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, WIDTH, PATCH, stride=PATCH)
-        self.position = nn.Parameter(0.02 * torch.randn(16, WIDTH))
+        self.position = nn.Parameter(0.3 * torch.randn(16, WIDTH))  # about as large as a patch: else it is lost there
         blocks = [block for _ in range(layers) for block in (Attention(), mlp())]
         # x_0 ← x_0 + attention(x_1), then x_1 ← x_1 + mlp(x_0); both are the patches at first, and joined in the end
         program = dataclasses.replace(revnet(len(blocks)), split="copy")
@@ -74,7 +74,7 @@ example = torch_training.Example(
     make=make,
     depth=8,
     counts="layers, each of attention and an MLP",
-    steps=400,
+    steps=300,
     rate=2e-3,
 )
 app = torch_training.app(example)

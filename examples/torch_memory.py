@@ -83,7 +83,7 @@ def count(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one way: bytes held after the forward pass and at the peak, time as a ratio to store-all's, the first loss."""
+    """Of one way: bytes held after the forward pass and at the peak, time as a ratio to store-all's, the loss."""
 
     held: int
     peak: int
@@ -122,7 +122,7 @@ def measure(
 
 def table(figures: dict[str, Figures]) -> Table:
     """Return what :func:`measure` found as a table."""
-    headings = ("policy", "held for backward", "at the peak", "time", "first loss")
+    headings = ("policy", "held for backward", "at the peak", "time", "loss")
     result = Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in result.columns[1:]:
         column.justify = "right"
