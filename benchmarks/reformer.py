@@ -1,6 +1,6 @@
 """A deep Reformer on a long context: memory and gradients, beside reformer-pytorch's own reversible network.
 
-    python -m benchmarks.reformer            three minutes on two busy cores
+    python -m benchmarks.reformer            two and a half minutes of one core
     python -m benchmarks.reformer --write    adds a dated table to benchmarks/results
 
 All ways run reformer-pytorch's layers, with the same weights, random hashes and input, on CPU in float32. Memory: the
