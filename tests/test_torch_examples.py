@@ -59,8 +59,8 @@ CASES = {
     "revnet_cnn": Case(),
     "momentum_cnn": Case(steps=40),
     "irevnet": Case(depth=1),
-    "revvit": Case(steps=40),
-    "revcol": Case(),
+    "revvit": Case(),
+    "revcol": Case(depth=1),
     "reformer": Case(steps=3, depths=(2, 3), rows=1, needs="reformer_pytorch"),
     "leapfrog_transformer": Case(steps=10, rows=2),
     "revgnn": Case(steps=10, depths=(2, 3), rows=1797),  # the whole graph
