@@ -65,8 +65,10 @@ def run_all(
     from examples import torch_training  # needs torch
 
     table = Table(*torch_training.COLUMNS, box=box.MARKDOWN)
-    for name in TORCH:
-        example = importlib.import_module(f"examples.{name}").example
+    examples = [importlib.import_module(f"examples.{name}").example for name in TORCH]
+    for example in examples:
+        example.make(example.task(0), 1)  # a package that one lacks is told now, not when all the others are done
+    for example in examples:
         row = torch_training.run_example(example, steps or example.steps, example.depth, 0, "reverse", True, Console())
         if row is None:
             raise typer.Exit(INTERRUPTED)

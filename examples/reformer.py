@@ -40,7 +40,10 @@ def parts() -> Any:
 
 
 class Attention(nn.Module):
-    """Causal LSH attention behind a LayerNorm: (batch, time, width) → the same; time a multiple of two buckets."""
+    """Causal LSH attention behind a LayerNorm: (batch, time, width) → the same; time a multiple of two buckets.
+
+    A token attends to none after it. To which before it is up to the order of all hashes, so later tokens have a say.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -81,7 +81,9 @@ class Learner:
     @torch.no_grad()
     def logits(self, inputs: Any) -> np.ndarray:
         self.model.eval()
-        with torch.random.fork_rng():  # what an evaluation draws is the same each time, and none of the training's
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # what an evaluation draws is the same each time, and none of the training's
             torch.manual_seed(0)
             return self.model(tensor(inputs)).numpy()
 

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("reformer_pytorch")
 
 from benchmarks import reformer  # noqa: E402
-from benchmarks.reformer import HEADS, WAYS, Size, measure, ours, report  # noqa: E402
+from benchmarks.reformer import HEADS, WAYS, WIDTH, Size, layers, measure, ours, report  # noqa: E402
 from examples.reformer import parts  # noqa: E402
 from revcore import Reverse  # noqa: E402
 from revcore_torch import is_recomputing  # noqa: E402
@@ -46,6 +46,21 @@ def test_buckets_that_tip_are_counted_and_show_in_the_gradient(monkeypatch: pyte
     wrong = measure(ours(Reverse()), SMALL, seed=0)
     assert wrong.tipped - right.tipped == SMALL.depth * HEADS
     assert (wrong.gradient - right.gradient).norm() / right.gradient.norm() > 1e-3
+
+
+def test_two_forward_passes_before_the_backward_pass() -> None:
+    """Each has buckets of its own, which a store on the modules confuses."""
+
+    def gradient(name: str) -> Any:
+        torch.manual_seed(0)
+        pairs = layers(SMALL)
+        net, inputs = WAYS[name](pairs), torch.randn(2, 1, SMALL.context, 2 * WIDTH)
+        sum(net(x.requires_grad_()).square().mean() for x in inputs.unbind()).backward()  # type: ignore[union-attr]
+        return torch.cat([weight.grad.flatten() for weight in pairs.parameters() if weight.grad is not None])
+
+    right = gradient("store-all")
+    assert (gradient("Reverse(), buckets kept") - right).norm() / right.norm() < 1e-6
+    assert (gradient("reformer-pytorch") - right).norm() / right.norm() > 1e-2
 
 
 def test_a_row_for_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
