@@ -19,7 +19,7 @@ from torch import Tensor, nn  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from examples import __main__ as catalogue  # noqa: E402
-from examples import irevnet, reformer, revgnn, torch_memory, torch_training  # noqa: E402
+from examples import irevnet, leapfrog_transformer, reformer, revgnn, torch_memory, torch_training  # noqa: E402
 from examples.command_line import INTERRUPTED, POLICIES, PolicyName  # noqa: E402
 from examples.tasks import nodes  # noqa: E402
 from examples.torch_memory import BY_TORCH, Figures, count, loss_of, measure, set_policy, ways  # noqa: E402
@@ -290,6 +290,24 @@ def test_reformer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SpecError, match=r"reformer_pytorch is not installed, which examples\.reformer needs: pip"):
         reformer.Reformer(1)
+
+
+# --- the leapfrog rule ------------------------------------------------------------------------------------------------
+
+
+def test_each_step_leaps_over_the_one_before() -> None:
+    model, tokens = leapfrog_transformer.LeapfrogTransformer(3).double(), torch.randint(256, (2, 64))
+    now = before = model.embedding(tokens) + model.position.weight
+    blocks: Any = model.body
+    for block in blocks:
+        a = block.attention(now)
+        change = a + block.mlp(now + a)
+        before, now = now, before + 2 * leapfrog_transformer.H * change
+    torch.testing.assert_close(model(tokens), model.head(model.norm(now)))
+    later = tokens.clone()
+    later[:, 40:] = (later[:, 40:] + 1) % 256
+    torch.testing.assert_close(model(later)[:, :40], model(tokens)[:, :40])
+    assert (model(later)[:, 40:] != model(tokens)[:, 40:]).any(-1).all()
 
 
 # --- RevGNN's graph ---------------------------------------------------------------------------------------------------
