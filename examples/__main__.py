@@ -24,7 +24,16 @@ from rich.table import Table
 from examples.command_line import INTERRUPTED, main, say
 
 FLAX = ("flax_nnx", "flax_linen")
-TORCH = ("revnet_cnn", "momentum_cnn", "irevnet", "revvit", "revcol")
+TORCH = (
+    "revnet_cnn",
+    "momentum_cnn",
+    "irevnet",
+    "revvit",
+    "revcol",
+    "reformer",
+    "leapfrog_transformer",
+    "revgnn",
+)
 HERE = Path(__file__).parent
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -35,7 +44,7 @@ def listing(context: typer.Context) -> None:
     """List the examples. Each is a command of its own; `--help` says what it can do."""
     if context.invoked_subcommand is None:
         for name in (*TORCH, *FLAX):
-            say(Console(), f"python -m examples.{name:14} {headline(name)}")
+            say(Console(), f"python -m examples.{name:20} {headline(name)}")
 
 
 def headline(name: str) -> str:
@@ -56,8 +65,10 @@ def run_all(
     from examples import torch_training  # needs torch
 
     table = Table(*torch_training.COLUMNS, box=box.MARKDOWN)
-    for name in TORCH:
-        example = importlib.import_module(f"examples.{name}").example
+    examples = [importlib.import_module(f"examples.{name}").example for name in TORCH]
+    for example in examples:
+        example.make(example.task(0), 1)  # a package that one lacks is told now, not when all the others are done
+    for example in examples:
         row = torch_training.run_example(example, steps or example.steps, example.depth, 0, "reverse", True, Console())
         if row is None:
             raise typer.Exit(INTERRUPTED)

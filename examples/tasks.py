@@ -1,4 +1,4 @@
-"""The data of the examples: scikit-learn's digits, and the text of Python's own reference.
+"""The data of the examples: scikit-learn's digits, as images or as nodes, and the text of Python's own reference.
 
 Which batch a training step gets is a function of its number alone, so a resumed run goes on exactly.
 """
@@ -36,7 +36,7 @@ class Task:
         rate: a learning rate that does, for AdamW.
     """
 
-    name: TaskName
+    name: TaskName | Literal["nodes"]
     batch: Callable[[int], Batch]
     held_out: tuple[Batch, ...]
     score: Callable[[np.ndarray, np.ndarray], float]
@@ -77,9 +77,31 @@ def digits(seed: int, size: int = 64, channel_axis: int = -1) -> Task:
     return Task("digits", batch, ((images[test], labels[test]),), accuracy, "accuracy", baseline, rate=3e-3)
 
 
-def text(seed: int) -> Task:
-    """Bytes of English, (batch, 64), and the byte that follows each of them; a tenth of the text is held out."""
-    corpus = Corpus(standard_text(), Config(seed=seed, context=CONTEXT))
+def nodes(seed: int, labelled: int = 180) -> Task:
+    """All 1,797 digits at once, (1797, 64), of which few are labelled: nodes of a graph that a model makes of them.
+
+    A target of −100 does not count: in training those not labelled, which are held out, and the labelled afterwards.
+    Every step has the same batch, whatever the ``seed``.
+    """
+    require("sklearn", "dev", "the digits")
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    features, labels = (pixels / 16).astype(np.float32), labels.astype(np.int32)
+    known = np.isin(np.arange(len(labels)), np.random.default_rng(0).permutation(len(labels))[:labelled])
+    given, hidden = np.where(known, labels, -100), np.where(known, -100, labels)
+
+    def accuracy(logits: np.ndarray, targets: np.ndarray) -> float:
+        counts = targets >= 0
+        return float((logits.argmax(-1) == targets)[counts].mean())
+
+    baseline = float((labels[~known] == np.bincount(labels[known]).argmax()).mean())
+    return Task("nodes", lambda i: (features, given), ((features, hidden),), accuracy, "accuracy", baseline, rate=3e-3)
+
+
+def text(seed: int, context: int = CONTEXT, size: int = 16) -> Task:
+    """Bytes of English, (batch, context), and the byte that follows each; a tenth of the text is held out."""
+    corpus = Corpus(standard_text(), Config(seed=seed, context=context, batch=size))
 
     def parted(tokens: np.ndarray) -> Batch:
         return tokens[:, :-1], tokens[:, 1:]

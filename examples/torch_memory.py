@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from examples.command_line import POLICIES
+from examples.command_line import POLICIES, PolicyName
 from revcore import Policy, SpecError, StoreAll
 from revcore_torch.memory import LiveBytes
 
@@ -46,9 +46,9 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
 
 
-def ways(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def ways(model: nn.Module, policies: Mapping[PolicyName, Policy] = POLICIES) -> Iterator[tuple[str, nn.Module]]:
     """Yield copies of ``model``, one for each way to get activations: our policies, and PyTorch's own checkpointing."""
-    for name, policy in POLICIES.items():
+    for name, policy in policies.items():
         each = copy.deepcopy(model)
         set_policy(each, policy)
         yield name, each
@@ -91,9 +91,15 @@ class Figures:
     loss: float
 
 
-def measure(model: nn.Module, inputs: Tensor, targets: Tensor, rounds: int = 7) -> dict[str, Figures]:
+def measure(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    policies: Mapping[PolicyName, Policy] = POLICIES,
+    rounds: int = 7,
+) -> dict[str, Figures]:
     """Measure one gradient in each way; ``model`` itself stays as it is."""
-    models = dict(ways(model))
+    models = dict(ways(model, policies))
     losses: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(1 + rounds):  # the first to warm up; in turn, so that whatever else the machine does falls on all

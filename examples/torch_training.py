@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Example:
         task: of the seed of the batches, gives the data.
         rate: the learning rate at its highest; ``None``: the task's.
         epilogue: of the trained model and the task, says what else is to be said.
+        policies: what each ``--policy`` stands for.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Example:
     task: Callable[[int], Task] = digits
     rate: float | None = None
     epilogue: Callable[[nn.Module, Task], str] | None = None
+    policies: Mapping[PolicyName, Policy] = field(default_factory=lambda: POLICIES)
 
 
 class Learner:
@@ -79,7 +81,11 @@ class Learner:
     @torch.no_grad()
     def logits(self, inputs: Any) -> np.ndarray:
         self.model.eval()
-        return self.model(tensor(inputs)).numpy()
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # what an evaluation draws is the same each time, and none of the training's
+            torch.manual_seed(0)
+            return self.model(tensor(inputs)).numpy()
 
 
 def warm_up_cosine(steps: int, step: int) -> float:
@@ -133,7 +139,7 @@ def run_example(
     """Train, and print what came of it; return that as a row of ``COLUMNS``, or ``None`` if it was stopped."""
     task = example.task(seed)
     say(console, f"{example.name}: depth {depth}, {steps} training steps, policy {policy}.")
-    learner, history = Learner(example, task, depth, steps, seed, POLICIES[policy]), loop.History()
+    learner, history = Learner(example, task, depth, steps, seed, example.policies[policy]), loop.History()
     with listening() as interrupt:
         loop.train(example.name, learner, history, steps, task, console, interrupt)
     if interrupt.asked:
@@ -144,7 +150,7 @@ def run_example(
         say(console, example.epilogue(learner.model.eval(), task))
     figures: dict[str, Figures] = {}
     if compared:
-        figures = torch_memory.measure(learner.model.train(), *tensors(task.batch(steps)))
+        figures = torch_memory.measure(learner.model.train(), *tensors(task.batch(steps)), example.policies)
         console.print(torch_memory.table(figures))
     held_out = f"{loop.evaluate(learner, task):.4f} {task.unit}"
     row = (example.name, example.paper, f"{steps} steps, depth {depth}", held_out)

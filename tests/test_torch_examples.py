@@ -19,8 +19,9 @@ from torch import Tensor, nn  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from examples import __main__ as catalogue  # noqa: E402
-from examples import irevnet, torch_memory, torch_training  # noqa: E402
+from examples import irevnet, leapfrog_transformer, reformer, revgnn, torch_memory, torch_training  # noqa: E402
 from examples.command_line import INTERRUPTED, POLICIES, PolicyName  # noqa: E402
+from examples.tasks import nodes  # noqa: E402
 from examples.torch_memory import BY_TORCH, Figures, count, loss_of, measure, set_policy, ways  # noqa: E402
 from revcore import Coupling, Reverse, SpecError, StoreAll  # noqa: E402
 from revcore_torch import ReversibleSequential  # noqa: E402
@@ -60,6 +61,9 @@ CASES = {
     "irevnet": Case(depth=1),
     "revvit": Case(),
     "revcol": Case(depth=1),
+    "reformer": Case(steps=3, depths=(2, 3), rows=1, needs="reformer_pytorch"),
+    "leapfrog_transformer": Case(steps=10, rows=2),
+    "revgnn": Case(steps=10, depths=(2, 3), rows=1797),  # the whole graph
 }
 every_example = pytest.mark.parametrize("name", CASES)
 
@@ -87,11 +91,11 @@ def test_it_learns(name: str) -> None:
     assert f"| {name} | [" in result.output
 
 
-def gradients(model: nn.Module, policy: Any, inputs: Tensor, targets: Tensor) -> dict[str, Any]:
+def gradients(model: nn.Module, policy: Any, inputs: Tensor, targets: Tensor, seed: int = 1) -> dict[str, Any]:
     """Return the gradients of one training step, dropout and all, in float64; the same draws each time."""
     set_policy(model.double().train(), policy)
     model.zero_grad()
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     loss_of(model, inputs.double() if inputs.is_floating_point() else inputs, targets).backward()
     return {name: p.grad.numpy().copy() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -221,6 +225,136 @@ def test_images_come_back_from_their_features() -> None:
     features = model.features(torch.zeros(2, 1, 8, 8))
     assert features.shape == (2, 64, 1, 1)
     assert (model.images(features + 1) - torch.zeros(2, 1, 8, 8)).abs().max() > 0.1
+
+
+# --- Reformer's hashes ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hashes(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Return a list of the buckets that each hashing comes to, in both runs."""
+    lsh = pytest.importorskip("reformer_pytorch.reformer_pytorch").LSHAttention
+    plain, found = lsh.hash_vectors, []
+
+    def hash_vectors(*args: Any, **kwargs: Any) -> Tensor:
+        found.append(plain(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(lsh, "hash_vectors", hash_vectors)
+    return found
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_second_run_draws_the_same_hash(hashes: list[Tensor], seed: int) -> None:
+    _, _, batch = CASES["reformer"].of("reformer")
+    model = reformer.Reformer(2)
+    gradients(model, Reverse(), *batch)
+    first, second, again_second, again_first = hashes
+    assert torch.equal(first, again_first)
+    assert torch.equal(second, again_second)
+    assert not torch.equal(first, second)
+    gradients(model, StoreAll(), *batch, seed=seed)
+    assert torch.equal(first, hashes[4]) == (seed == 1)  # it is drawn, and of the generator that the engine puts back
+
+
+def test_what_hashes_came_to_is_kept(hashes: list[Tensor]) -> None:
+    """In bfloat16, where what is rebuilt is far enough from what was there to tip many of them."""
+    _, _, batch = CASES["reformer"].of("reformer")
+    model = reformer.Reformer(2).bfloat16()
+
+    def tipped(policy: Any) -> int:
+        hashes.clear()
+        set_policy(model, policy)
+        loss_of(model, *batch).backward()
+        first, second, again_second, again_first = hashes
+        return int((first != again_first).sum() + (second != again_second).sum())
+
+    assert tipped(Reverse()) > 0
+    assert tipped(reformer.KEEP_BUCKETS) == 0
+
+
+def test_a_bucket_is_eight_bytes_for_each_token_head_and_hash() -> None:
+    _, _, batch = CASES["reformer"].of("reformer")
+    for depth in (1, 2):
+        model, held = reformer.Reformer(depth), {}
+        for policy in (Reverse(), reformer.KEEP_BUCKETS):
+            set_policy(model, policy)
+            held[policy], _ = count(model, *batch)
+        kept = held[reformer.KEEP_BUCKETS] - held[Reverse()]
+        assert kept == depth * 8 * batch[0].numel() * reformer.HEADS * reformer.HASHES
+        for module in model.modules():  # reformer-pytorch's own copies of them
+            assert not getattr(module, "_cache", None)
+
+
+def test_reformer_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SpecError, match=r"reformer_pytorch is not installed, which examples\.reformer needs: pip"):
+        reformer.Reformer(1)
+
+
+# --- the leapfrog rule ------------------------------------------------------------------------------------------------
+
+
+def test_each_step_leaps_over_the_one_before() -> None:
+    model, tokens = leapfrog_transformer.LeapfrogTransformer(3).double(), torch.randint(256, (2, 64))
+    now = before = model.embedding(tokens) + model.position.weight
+    blocks: Any = model.body
+    for block in blocks:
+        a = block.attention(now)
+        change = a + block.mlp(now + a)
+        before, now = now, before + 2 * leapfrog_transformer.H * change
+    torch.testing.assert_close(model(tokens), model.head(model.norm(now)))
+    later = tokens.clone()
+    later[:, 40:] = (later[:, 40:] + 1) % 256
+    torch.testing.assert_close(model(later)[:, :40], model(tokens)[:, :40])
+    assert (model(later)[:, 40:] != model(tokens)[:, 40:]).any(-1).all()
+
+
+# --- RevGNN's graph ---------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_layer_takes_the_mean_of_the_neighbours() -> None:
+    features = np.random.default_rng(0).normal(size=(40, 5))
+    edges = torch.from_numpy(revgnn.neighbours(features))
+    adjacency = torch.zeros(40, 40).index_put_(tuple(edges), torch.tensor(1.0))
+    assert torch.equal(adjacency, adjacency.T)
+    assert adjacency.sum(1).min() >= revgnn.NEIGHBOURS
+    assert adjacency.diagonal().sum() == 0
+    layer, x, mask = revgnn.GraphConv(4), torch.randn(40, 4), torch.rand(40, 4)
+    inner = layer.norm(x).relu() * mask
+    means = adjacency / adjacency.sum(1, keepdim=True) @ inner
+    torch.testing.assert_close(layer(x, edges, mask), layer.own(inner) + layer.others(means))
+
+
+def test_each_layer_has_the_masks_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Tensor] = []
+    plain = revgnn.GraphConv.forward
+
+    def forward(self: Any, x: Tensor, edges: Tensor, mask: Tensor) -> Tensor:
+        masks.append(mask)
+        return plain(self, x, edges, mask)
+
+    monkeypatch.setattr(revgnn.GraphConv, "forward", forward)
+    model = revgnn.RevGNN(torch.tensor([[0, 1], [1, 0]]), depth=3)
+    model(torch.ones(2, 64))
+    assert len(masks) == 6
+    for mask, of_group in zip(masks, masks[: revgnn.GROUPS] * 3, strict=True):
+        assert torch.equal(mask, of_group)
+    assert not torch.equal(masks[0], masks[1])
+    model.eval()(torch.ones(2, 64))
+    assert all((mask == 1).all() for mask in masks[6:])
+
+
+def test_a_node_is_either_labelled_or_held_out() -> None:
+    task = nodes(0)
+    (_, given), ((_, hidden),) = task.batch(0), task.held_out
+    assert int((given >= 0).sum()) == 180
+    assert ((given >= 0) != (hidden >= 0)).all()
+    logits = np.eye(10)[np.maximum(hidden, 0)]
+    assert task.score(logits, hidden) == 1
+    assert task.score(logits, given) == (given == 0)[given >= 0].mean()  # it says 0 of what is labelled
+    told = revgnn.compare(nn.Linear(1, 1), task)
+    assert min(map(float, re.findall(r"0\.\d+", told))) > 0.9
 
 
 # --- the list ---------------------------------------------------------------------------------------------------------
