@@ -50,6 +50,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(collections|flax|jax|numpy|os|pathlib|torch)\..*"),
     ("py:class", r"revcore\.coupling\.FunctionCoupling|revcore\.lattice\.Lattice|revcore_jax\._layout\..*"),
     ("py:class", r"revcore_jax\.nnx\.M|revcore_torch\.hf\.(convert\.Model|kinds\.Settings)|revcore_torch\.session\..*"),
+    ("py:class", r"revcore_torch\.revlib\..*"),  # old names: docs/migration.md
     ("py:mod", r"revcore_jax\._.*"),
 ]
 

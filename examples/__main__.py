@@ -34,6 +34,7 @@ TORCH = (
     "leapfrog_transformer",
     "revgnn",
 )
+PRETRAINED = ("minilm",)
 HERE = Path(__file__).parent
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -43,7 +44,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 def listing(context: typer.Context) -> None:
     """List the examples. Each is a command of its own; `--help` says what it can do."""
     if context.invoked_subcommand is None:
-        for name in (*TORCH, *FLAX):
+        for name in (*TORCH, *FLAX, *PRETRAINED):
             say(Console(), f"python -m examples.{name:20} {headline(name)}")
 
 

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from examples.command_line import main
 from revcore.demo.backend import require
 from revcore.demo.train import progress
 from revcore_torch.hf import compare, make_reversible
@@ -209,7 +210,11 @@ def fine_tune(
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def main(
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command()
+def command(
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each run.")] = 120,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind; the head, batches and dropout differ.")] = 3,
     each: Annotated[int, typer.Option(min=2, help="Docstrings of each library to train on.")] = 200,
@@ -264,4 +269,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main(app)

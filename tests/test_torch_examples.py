@@ -363,11 +363,12 @@ def test_a_node_is_either_labelled_or_held_out() -> None:
 def test_the_list_has_all_examples() -> None:
     result = CliRunner().invoke(catalogue.app, [])
     assert result.exit_code == 0, result.exception
-    for name in (*catalogue.TORCH, *catalogue.FLAX):
+    listed = {*catalogue.TORCH, *catalogue.FLAX, *catalogue.PRETRAINED}
+    for name in listed:
         assert f"python -m examples.{name} " in result.output
     folder = Path(catalogue.__file__).parent
     runnable = {path.stem for path in folder.glob("*.py") if "__main__" in path.read_text()}
-    assert runnable == {*catalogue.TORCH, *catalogue.FLAX, "__main__"}
+    assert runnable == {*listed, "__main__"}
 
 
 def test_all_at_once_leave_a_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

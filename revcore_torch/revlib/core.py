@@ -64,7 +64,13 @@ __all__ = [
 
 
 class ReversibleModuleCache:
-    """Holds the last two streams that went through a module, detached."""
+    """Holds the last two streams that went through a module, detached.
+
+    >>> cache = ReversibleModuleCache()
+    >>> _ = ReversibleModule(nn.Identity(), cache=cache)((torch.ones(1), torch.zeros(1)))
+    >>> cache.x0, cache.x1
+    (tensor([0.]), tensor([1.]))
+    """
 
     x0: Tensor
     x1: Tensor

@@ -59,7 +59,11 @@ def split_tensor_list(inp: Any) -> Any:
 
 
 def take_0th_tensor(inp: Any) -> Tensor:
-    """Return a tensor as it is, and the first of a sequence of them."""
+    """Return a tensor as it is, and the first of a sequence of them.
+
+    >>> take_0th_tensor([torch.ones(1), torch.zeros(1)])
+    tensor([1.])
+    """
     return inp if isinstance(inp, Tensor) else split_tensor_list(inp)[0]
 
 
@@ -123,9 +127,19 @@ class TensorOffload(torch.autograd.Function):
         return grads[0].to(ctx.device), None
 
 
-offload_tensor = TensorOffload.apply
+def offload_tensor(inp: Tensor, reference: Tensor) -> Tensor:
+    """Return ``TensorOffload.apply(inp, reference)``.
+
+    >>> offload_tensor(torch.ones(2), torch.zeros(()))
+    tensor([1., 1.])
+    """
+    return TensorOffload.apply(inp, reference)  # type: ignore[return-value]
 
 
 def get_key(idx: int, inp: Tensor) -> str:
-    """Return the text by which revlib told saved tensors apart."""
+    """Return the text by which revlib told saved tensors apart.
+
+    >>> get_key(0, torch.ones(2)).splitlines()[:2]
+    ['Index: 0', 'Size: torch.Size([2])']
+    """
     return f"Index: {idx}\nSize: {inp.size()}\nDevice: {inp.device}\nDataType: {inp.dtype}"

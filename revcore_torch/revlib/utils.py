@@ -104,27 +104,47 @@ class ResidualToPlain(nn.Module):
 
 
 def residual_to_plain(*modules: nn.Module) -> list[ResidualToPlain]:
-    """Return each module without its residual connection (:class:`ResidualToPlain`)."""
+    """Return each module without its residual connection (:class:`ResidualToPlain`).
+
+    >>> len(residual_to_plain(nn.Identity(), nn.Identity()))
+    2
+    """
     return [ResidualToPlain(module) for module in modules]
 
 
 def maybe_residual_to_plain(module: Iterable[nn.Module], residual: bool = False) -> list[nn.Module]:
-    """Return the modules, with ``residual`` each without its residual connection."""
+    """Return the modules, with ``residual`` each without its residual connection.
+
+    >>> maybe_residual_to_plain([nn.Identity()])
+    [Identity()]
+    """
     return [*residual_to_plain(*module)] if residual else list(module)
 
 
 def optional_detach(inp: Any) -> Any:
-    """Return a tensor detached, and anything else as it is."""
+    """Return a tensor detached, and anything else as it is.
+
+    >>> optional_detach(torch.ones(1, requires_grad=True)), optional_detach(1)
+    (tensor([1.]), 1)
+    """
     return inp.detach() if isinstance(inp, Tensor) else inp
 
 
 def detached_additive_coupling_forward(other_stream: Tensor, fn_out: Any) -> Any:
-    """:func:`additive_coupling_forward`, but that extra outputs are detached."""
+    """:func:`additive_coupling_forward`, but that extra outputs are detached.
+
+    >>> detached_additive_coupling_forward(torch.ones(1), [torch.ones(1), torch.ones(1, requires_grad=True)])
+    [tensor([2.]), tensor([1.])]
+    """
     return _rest_detached(additive_coupling_forward(other_stream, fn_out))
 
 
 def detached_additive_coupling_inverse(output: Tensor, fn_out: Any) -> Any:
-    """:func:`additive_coupling_inverse`, but that extra outputs are detached."""
+    """:func:`additive_coupling_inverse`, but that extra outputs are detached.
+
+    >>> detached_additive_coupling_inverse(torch.ones(1), [torch.ones(1), torch.ones(1, requires_grad=True)])
+    [tensor([0.]), tensor([1.])]
+    """
     return _rest_detached(additive_coupling_inverse(output, fn_out))
 
 
@@ -323,7 +343,11 @@ def _first_and_extra(output: Tensor, outputs: list[Any]) -> list[Any]:
 
 
 def is_float(inp: Tensor) -> bool:
-    """Whether a tensor is of one of the usual floating-point dtypes."""
+    """Whether a tensor is of one of the usual floating-point dtypes.
+
+    >>> is_float(torch.ones(1)), is_float(torch.ones(1, dtype=torch.int64))
+    (True, False)
+    """
     return inp.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
