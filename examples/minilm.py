@@ -74,9 +74,7 @@ def docstrings(library: str, count: int) -> list[str]:
             break
     texts = [*found]
     if len(texts) < count:
-        raise typer.BadParameter(
-            f"{count} docstrings of {library} are wanted, and there are {len(texts)}: lower --each"
-        )
+        raise SpecError(f"--each: {count} docstrings of {library} are wanted, and there are {len(texts)}: write fewer")
     return random.Random(1).sample(texts, count)
 
 
@@ -207,6 +205,18 @@ def fine_tune(
         tick(float(loss.detach()))
 
 
+def chosen_kinds(text: str) -> list[Kind]:
+    """Return the kinds that ``--kinds`` asks for.
+
+    >>> [kind.name for kind in chosen_kinds("0,1")]
+    ['ordinary', 'BDIA']
+    """
+    try:
+        return [KINDS[int(number)] for number in text.split(",")] if text else [*KINDS]
+    except (ValueError, IndexError) as error:
+        raise SpecError(f"--kinds came as {text!r}, expected numbers from 0 to {len(KINDS) - 1}, e.g. 0,1,3") from error
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +239,7 @@ def command(
     its embeddings as they are; and the accuracy after fine-tuning, over the seeds.
     """
     console = Console()
-    chosen = [KINDS[int(i)] for i in kinds.split(",")] if kinds else [*KINDS]
+    chosen = chosen_kinds(kinds)
     from transformers import AutoTokenizer
 
     train, test = load(AutoTokenizer.from_pretrained(folder(), local_files_only=True), each)
