@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from examples.command_line import main
+from revcore import SpecError
 from revcore.demo.backend import require
 from revcore.demo.train import progress
 from revcore_torch.hf import compare, make_reversible

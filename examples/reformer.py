@@ -33,7 +33,7 @@ KEEP_BUCKETS = Reverse(recompute=[torch.ops.aten.argmax.default])
 
 def parts() -> Any:
     """Return the module of reformer-pytorch that holds its layers."""
-    require("reformer_pytorch", "bench", "examples.reformer")
+    require("reformer_pytorch", "dev", "examples.reformer")
     from reformer_pytorch import reformer_pytorch
 
     return reformer_pytorch

@@ -50,7 +50,7 @@ def test_docstrings_are_the_same_each_time_and_name_no_library() -> None:
 
 @pytest.mark.parametrize("kinds", ["7", "0,x"])
 def test_kinds_that_are_none(kinds: str) -> None:
-    with pytest.raises(SpecError, match="--kinds came as .*, expected numbers from 0 to 6"):
+    with pytest.raises(SpecError, match=r"--kinds came as .*, expected numbers from 0 to 6"):
         minilm.chosen_kinds(kinds)
 
 
