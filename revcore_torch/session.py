@@ -50,6 +50,7 @@ class Session:
         self.given: Tensor = streams[self._source]  # what the loop holds of the newest stream
         self.tapes: list[Tape] = []
         self.tape: Tape | None = None
+        self.first: Streams = ()
         self.glanced = outside.glance()
         self.probe = probing(program, self.streams, by_step)
         if self.records:
@@ -94,7 +95,13 @@ class Session:
         """Take back what the blocks did to buffers and generators; the session is of no use any more."""
         _take_back(self.tapes)
         outside.put_back(self.glanced)
-        self.tapes, self.tape, self.streams = [], None, ()
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of everything; the session is of no use any more."""
+        for tape in self.tapes:
+            tape.forget()
+        self.tapes, self.tape, self.streams, self.first = [], None, (), ()
 
     def _take(self, stream: Tensor) -> None:
         if stream is self.given:

@@ -234,6 +234,10 @@ class Tape:
             if frame.generators is not None:
                 frame.generators.take_back()
         replay.set_random_state(self.devices, self.random)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what a forward pass that did not come to its end held."""
         # T8: an object among them may hold this graph, and the graph the tape
         self.constants, self.given, self.carries = [], [], []
 

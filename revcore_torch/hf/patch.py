@@ -72,6 +72,10 @@ class Stack:
                 "MemoryBudget plans a network that revcore calls, and these layers are called by the model's own loop: "
                 "write Reverse(keep_last=...) for what memory is left"
             )
+        if isinstance(checked, Sequence) and len(checked) != self.depth:
+            raise SpecError(
+                f"policy came with {len(checked)} entries, expected one for each of the {self.depth} layers"
+            )
         self._policy = checked
 
     def compile(self, **options: Any) -> None:
@@ -82,8 +86,10 @@ class Stack:
         self.compiled = options
 
     def _open(self, x: Tensor, keeps_all: bool) -> Session:
-        """Begin a forward call; an earlier one that did not come to its end is taken back."""
-        self._close()
+        """Begin a forward call."""
+        stale = _sessions().pop(self, None)
+        if stale is not None:  # somebody called a few layers by themselves, who knows when
+            stale.forget()
         program = self.program
         if self.mirrored is not None and not is_faking() and torch.rand(()) < 0.5:
             program = self.mirrored

@@ -280,6 +280,10 @@ def test_a_number_tells_the_kind(number: str, kind: str) -> None:
         (lambda m: make_reversible(nn.Linear(2, 2), "revnet"), "Linear has no list of layers .* it has none"),
         (lambda m: make_reversible(make_reversible(m, "revnet"), "revnet"), "is reversible already: call make_plain"),
         (lambda m: make_reversible(m, "revnet", policy=MemoryBudget(fraction=0.5)), "write Reverse.keep_last=...."),
+        (
+            lambda m: make_reversible(m, "revnet", policy=[Reverse()]),
+            "with 1 entries, expected one for each of the 3 lay",
+        ),
         (lambda m: compare(m, PROMPT), "the model has no reversible layers"),
     ],
 )
@@ -319,6 +323,15 @@ def test_a_loop_that_does_not_call_layer_after_layer(options: Any, words: str) -
     with pytest.raises(SpecError, match=words):
         model(torch.randn(5, 4))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_layers_that_were_called_by_themselves_are_forgotten() -> None:
+    model = make_reversible(Loop(), "revnet", layers="layers")
+    x = torch.randn(5, 4)
+    model.layers[0](x)
+    random = torch.randn(3)  # drawn meanwhile, and not to be drawn again
+    model(x).sum().backward()
+    assert not torch.equal(random, torch.randn(3))
 
 
 def test_an_identity_between_layers_is_let_through() -> None:
