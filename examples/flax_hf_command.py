@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoConfig
+from safetensors import SafetensorError
 
 from examples import flax_nnx, training
 from examples.flax_hf import Port, compare, to_flax, to_hf
@@ -140,11 +141,15 @@ def _model(port: Port, checkpoint: Path | None, depth: int | None, seed: int) ->
         return port.architecture(port.config(depth or DEPTH)).train()
     if depth is not None:
         raise SpecError(f"--depth came as {depth}, but a checkpoint has a depth of its own: leave it out")
-    if not (checkpoint / "config.json").is_file():
+    try:
+        found = json.loads((checkpoint / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError) as error:
         raise SpecError(
-            f"--checkpoint came as {checkpoint}, which has no config.json: give a folder of save_pretrained"
-        )
-    found, expected = AutoConfig.from_pretrained(checkpoint).model_type, port.architecture.config_class.model_type
-    if found != expected:
+            f"--checkpoint came as {checkpoint}, expected a folder that save_pretrained wrote ({error})"
+        ) from error
+    if found != (expected := port.architecture.config_class.model_type):
         raise SpecError(f"--checkpoint: {checkpoint} holds a model of type {found!r}, expected {expected!r}")
-    return port.architecture.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).train()
+    try:
+        return port.architecture.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True).train()
+    except (OSError, SafetensorError) as error:
+        raise SpecError(f"--checkpoint: {checkpoint} has no weights that can be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -224,9 +225,14 @@ def run(port: Port, *arguments: Any) -> Any:
 def test_options_that_will_not_do_are_refused(tmp_path: Path) -> None:
     VIT.architecture(vit(1)).save_pretrained(tmp_path / "vit")
     BertConfig().save_pretrained(tmp_path / "bert")
+    vit(1).save_pretrained(tmp_path / "empty")
+    shutil.copytree(tmp_path / "vit", tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes(b"cut short")
     for port, words, *arguments in (
-        (VIT, "which has no config.json", "--checkpoint", tmp_path / "nowhere"),
+        (VIT, "expected a folder that save_pretrained wrote", "--checkpoint", tmp_path / "nowhere"),
         (VIT, "holds a model of type 'bert', expected 'vit'", "--checkpoint", tmp_path / "bert"),
+        (VIT, "has no weights that can be read", "--checkpoint", tmp_path / "empty"),
+        (VIT, "has no weights that can be read", "--checkpoint", tmp_path / "cut"),
         (VIT, "a checkpoint has a depth of its own", "--checkpoint", tmp_path / "vit", "--depth", 3),
         (VIT, "the model is none for the digits", "--checkpoint", tmp_path / "vit", "--steps", 3),
         (VIT, "which is there already", "--save", tmp_path),
