@@ -25,9 +25,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from examples import flax_hf_command
+from examples.command_line import main
 from examples.flax_hf import Attention, Port, body, check
 from examples.tasks import CONTEXT, VOCABULARY
-from examples.training import main
 from revcore import Policy, Program, SpecError
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from examples import flax_nnx, training
+from examples import flax_nnx, loop
+from examples.command_line import INTERRUPTED, POLICIES, PolicyName, say
 from examples.flax_hf import Port, compare, to_flax, to_hf
 from examples.tasks import Task, make_task
 from revcore import Policy, SpecError
@@ -24,8 +25,6 @@ STEPS, DEPTH = 300, 6
 
 class Learner(flax_nnx.Learner):
     """A model that is there already, with its optimizer."""
-
-    label: ClassVar[str] = "Flax NNX"
 
     def __init__(self, model: Any, task: Task, steps: int) -> None:
         self.prepare(model, task, steps)
@@ -49,7 +48,7 @@ def app(port: Port) -> typer.Typer:
             ),
         ] = None,
         seed: Annotated[int, typer.Option(min=0, help="Of weights and batches.")] = 0,
-        policy: Annotated[training.PolicyName, typer.Option(help="What the backward pass keeps.")] = "reverse",
+        policy: Annotated[PolicyName, typer.Option(help="What the backward pass keeps.")] = "reverse",
         checkpoint: Annotated[
             Path | None,
             typer.Option(metavar="FOLDER", help="Take this Hugging Face model.", show_default="new weights"),
@@ -62,7 +61,7 @@ def app(port: Port) -> typer.Typer:
         if save is not None and save.exists() and (not save.is_dir() or any(save.iterdir())):
             raise SpecError(f"--save came as {save}, which is there already: give a new folder, or an empty one")
         model = _model(port, checkpoint, depth, seed)
-        raise typer.Exit(run_example(port, model, kind, beta, steps, seed, training.POLICIES[policy], save, Console()))
+        raise typer.Exit(run_example(port, model, kind, beta, steps, seed, POLICIES[policy], save, Console()))
 
     return result
 
@@ -108,30 +107,30 @@ def run_example(
             "classes, or the size of its images): leave --steps out, and it is compared alone"
         )
     steps = (STEPS if fits else 0) if steps is None else steps
+    if save is not None and not steps:
+        raise SpecError("--save writes what was trained, and no step is to be trained: leave it out, or give --steps")
     saved = getattr(model.config, "revcore", None)
     kind = kind or (None if saved and beta is None else "momentum")
     wide = make_reversible(port.widened(model), kind, beta=beta)
     make_reversible(model, kind, beta=beta)
 
-    def say(text: str) -> None:
-        console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-    about = ", ".join(f"{name} {value}" for name, value in model.config.revcore.items())
-    say(f"{type(model).__name__}, {stacks(model)[0].depth} layers ({about}), and the same in Flax, in float64:")
+    settings = ", ".join(f"{name} {value}" for name, value in model.config.revcore.items())
+    about = f"{type(model).__name__}, {stacks(model)[0].depth} layers ({settings})"
+    say(console, f"{about}, and the same in Flax, in float64:")
     report = compare(port, wide, *port.batch(model.config))
-    say(f"\n{report}\n")
+    say(console, f"\n{report}\n")
     if not steps or not report.ok:
         return 0 if report.ok else 1
-    learner: Any = Learner(to_flax(port, model, policy), task, steps)
-    run = training.Run(training.Settings(learner.label, port.task, stacks(model)[0].depth, steps, seed))
+    learner = Learner(to_flax(port, model, policy), task, steps)
+    history = loop.History()
     with listening() as interrupt:
-        training.train(learner, run, task, console, None, steps, interrupt)
-    say(f"Held-out {task.unit}: {training.evaluate(learner, task):.4f} (by frequency alone: {task.baseline:.4f})")
+        loop.train(learner.label, learner, history, steps, task, console, interrupt)
+    say(console, f"Held-out {task.unit}: {loop.evaluate(learner, task):.4f} (by frequency alone: {task.baseline:.4f})")
     if save is not None:
         to_hf(port, learner.model, model)
         model.save_pretrained(save)
-        say(f"Written to {save}: {port.architecture.__name__}.from_pretrained, then make_reversible(model).")
-    return training.INTERRUPTED if interrupt.asked else 0
+        say(console, f"Written to {save}: {port.architecture.__name__}.from_pretrained, then make_reversible(model).")
+    return INTERRUPTED if interrupt.asked else 0
 
 
 def _model(port: Port, checkpoint: Path | None, depth: int | None, seed: int) -> Any:

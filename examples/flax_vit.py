@@ -23,8 +23,8 @@ from flax import nnx
 from transformers import ViTConfig, ViTForImageClassification
 
 from examples import flax_hf_command
+from examples.command_line import main
 from examples.flax_hf import Attention, Port, body, check
-from examples.training import main
 from revcore import Policy, Program
 
 

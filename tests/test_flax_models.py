@@ -235,6 +235,7 @@ def test_options_that_will_not_do_are_refused(tmp_path: Path) -> None:
         (VIT, "has no weights that can be read", "--checkpoint", tmp_path / "cut"),
         (VIT, "a checkpoint has a depth of its own", "--checkpoint", tmp_path / "vit", "--depth", 3),
         (VIT, "the model is none for the digits", "--checkpoint", tmp_path / "vit", "--steps", 3),
+        (VIT, "no step is to be trained", "--save", tmp_path / "new", "--steps", 0),
         (VIT, "which is there already", "--save", tmp_path),
         (VIT, "beta came as 0.5 with kind='revnet'", "--kind", "revnet", "--beta", 0.5),
         (DECODER, "beta came as 2.0", "--beta", 2),
