@@ -23,7 +23,7 @@ from rich.table import Table
 
 from examples.command_line import INTERRUPTED, main, say
 
-FLAX = ("flax_nnx", "flax_linen")
+FLAX = ("flax_nnx", "flax_linen", "flax_decoder", "flax_vit")
 TORCH = (
     "revnet_cnn",
     "momentum_cnn",

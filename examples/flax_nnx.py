@@ -119,7 +119,11 @@ class Learner:
 
     def __init__(self, task: Task, depth: int, steps: int, seed: int, policy: Policy) -> None:
         rngs = nnx.Rngs(seed)
-        self.model = Digits(depth, policy, rngs) if task.name == "digits" else Text(depth, policy, rngs)
+        self.prepare(Digits(depth, policy, rngs) if task.name == "digits" else Text(depth, policy, rngs), task, steps)
+
+    def prepare(self, model: Any, task: Task, steps: int) -> None:
+        """Take a model, and make its optimizer and its training step."""
+        self.model = model
         self.optimizer = nnx.Optimizer(self.model, training.optimizer(task.rate, steps), wrt=nnx.Param)
         self.model.train()  # said once before compiling, for modules remember whether it was said
         # Compiled here and now, for then it can be asked for the memory that it takes.
