@@ -1,7 +1,7 @@
 """Other libraries for reversible networks and this one, at the same work: gradients, state, memory and time.
 
-    pip install --no-deps --target peers/revlib-1.0.1 revlib==1.0.1        and so on; the command says which are missing
-    python -m benchmarks.peers --peers peers/* [--write]                   a few minutes on two cores
+    pip install --no-deps --target build/peers/revlib-1.0.1 revlib==1.0.1        and so on; the command says which are missing
+    python -m benchmarks.peers --peers build/peers/* [--write]                   a few minutes on two cores
     python -m benchmarks.peers --quick                                     in seconds, on toy sizes: does it run?
 
 Every row is a network of two streams over the very same blocks, held against the plain network of its coupling, which
@@ -46,7 +46,7 @@ from benchmarks.torch_engine import measure, pictures
 from benchmarks.torch_engine.measure import Cpu, Step
 from benchmarks.torch_engine.report import Found, Row
 from benchmarks.torch_engine.ways import Way, by_hand, run_checkpoint, run_plain
-from benchmarks.torch_engine.workloads import Blocks, Workload, workloads
+from benchmarks.torch_engine.workloads import Blocks, Workload
 from revcore import Affine, Coupling, Momentum
 from revcore_torch import ReversibleSequential
 
@@ -103,7 +103,7 @@ def found_among(folders: Iterable[Path]) -> tuple[dict[Library, Path], list[str]
     folders = list(folders)
     there = {library: folder for library in LIBRARIES if (folder := library.find(folders))}
     missing = [
-        f"pip install --no-deps --target peers/{each.name}-{each.version} {each.name}=={each.version}"
+        f"pip install --no-deps --target build/peers/{each.name}-{each.version} {each.name}=={each.version}"
         for each in LIBRARIES
         if each not in there
     ]
@@ -111,6 +111,19 @@ def found_among(folders: Iterable[Path]) -> tuple[dict[Library, Path], list[str]
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------
+
+
+def work(quick: bool = False) -> Workload:
+    """Return blocks that go with every coupling: behind a LayerNorm, ``exp(f)`` stays small however deep the network.
+
+    ``quick`` ones have the same parts and next to no size.
+    """
+    n = 16 if quick else 512
+
+    def block(_: int) -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(n), nn.Linear(n, n), nn.GELU(), nn.Linear(n, n))
+
+    return Workload("mlp", block, (n, n), 1)
 
 
 @dataclass
@@ -123,11 +136,17 @@ class Compared(Found):
 def compare(
     kind: Kind, some: Sequence[Way], workload: Workload, toy: Workload, depths: Sequence[int], at: int, rounds: int
 ) -> Compared:
-    """Check, weigh and time ``some`` ways, the plain network first among them; all but memory at depth ``at``."""
+    """Check, weigh and time ``some`` ways, the plain network first among them; all but memory at depth ``at``.
+
+    Raises:
+        ValueError: the plain network overflows, so nothing can be held against it.
+    """
     where, plain, console = Cpu(), some[0], Console(stderr=True)
     checks: dict[str, Checks] = {}
     for way in track(some, f"{kind.name}: checks", transient=True, console=console):
         checks[way.name] = check(way, plain, toy, at)
+        if way is plain and checks[way.name].wrong:
+            raise ValueError(f"{kind.name}: the plain network of depth {at} gives {checks[way.name].output}")
     rows: dict[str, Row] = {way.name: Row(way) for way in some}
     weighed: dict[str, dict[int, measure.Bytes]] = {}
     steps: dict[str, Step] = {}
@@ -220,8 +239,8 @@ def header(
             f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, "
             f"{torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}.",
             f"    {' '.join(['python -m benchmarks.peers', *arguments])}",
-            f"Blocks: Linear → GELU → Linear. Output, gradients and autograd.grad: float64, toy sizes, depth {at}, "
-            f"right below {RIGHT:.0e}. BatchNorm, dropout: one step at depth 4. Peak, slope, time: float32, streams of "
+            f"Blocks: LayerNorm → Linear → GELU → Linear. Output, gradients and autograd.grad: float64, toy sizes, "
+            f"depth {at}, right below {RIGHT:.0e}. BatchNorm, dropout: one step at depth 4. Peak, slope, time: float32, streams of "
             f"{tuple(workload.shape)}, S = {workload.stream_bytes / 2**20:.3g} MiB; peak and time at depth {at}, slope "
             f"from depth {depths[-2]} to {depths[-1]}; time: median of {options.rounds} interleaved rounds, over the "
             "plain network of the same coupling.",
@@ -259,7 +278,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the command line."""
     options = parse(arguments)
     there, missing = found_among(options.peers)
-    workload, toy = workloads(options.quick)["mlp"], workloads(quick=True)["mlp"]
+    workload, toy = work(options.quick), work(quick=True)
     results: list[Compared] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the other libraries' deprecations
