@@ -1,8 +1,8 @@
 """Other libraries for reversible networks and this one, at the same work: gradients, state, memory and time.
 
-    pip install --no-deps --target build/peers/revlib-1.0.1 revlib==1.0.1        and so on; the command says which are missing
-    python -m benchmarks.peers --peers build/peers/* [--write]                   a few minutes on two cores
-    python -m benchmarks.peers --quick                                     in seconds, on toy sizes: does it run?
+    pip install --no-deps --target build/peers/revlib-1.0.1 revlib==1.0.1    and so on: what is missing is printed
+    python -m benchmarks.peers --peers build/peers/* [--write]               a few minutes on two cores
+    python -m benchmarks.peers --quick --peers build/peers/*                 in seconds, on toy sizes: does it run?
 
 Every row is a network of two streams over the very same blocks, held against the plain network of its coupling, which
 stores everything:
@@ -239,11 +239,11 @@ def header(
             f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, "
             f"{torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}.",
             f"    {' '.join(['python -m benchmarks.peers', *arguments])}",
-            f"Blocks: LayerNorm → Linear → GELU → Linear. Output, gradients and autograd.grad: float64, toy sizes, "
-            f"depth {at}, right below {RIGHT:.0e}. BatchNorm, dropout: one step at depth 4. Peak, slope, time: float32, streams of "
-            f"{tuple(workload.shape)}, S = {workload.stream_bytes / 2**20:.3g} MiB; peak and time at depth {at}, slope "
-            f"from depth {depths[-2]} to {depths[-1]}; time: median of {options.rounds} interleaved rounds, over the "
-            "plain network of the same coupling.",
+            "Blocks: LayerNorm → Linear → GELU → Linear. Output, gradients, autograd.grad: float64, toy sizes, depth "
+            f"{at}, right below {RIGHT:.0e}. BatchNorm, dropout: one step at depth 4. Peak, slope, time: float32, "
+            f"streams of {tuple(workload.shape)}, S = {workload.stream_bytes / 2**20:.3g} MiB; peak and time at depth "
+            f"{at}, slope from depth {depths[-2]} to {depths[-1]}; time: median of {options.rounds} interleaved "
+            "rounds, over the plain network of the same coupling.",
             *(f"{each}: {each.note}." for each in there if each.note),
             *([left_out] if missing else []),
         ]
