@@ -167,9 +167,9 @@ def header(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     versions = [f"torch {torch.__version__}"]
     for peer in PEERS:
         try:
-            versions.append(f"{peer} {importlib.metadata.version(peer)}")
+            versions.append(f"{peer.name} {importlib.metadata.version(peer.name)}")
         except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{peer} not installed")
+            versions.append(f"{peer.name} not installed")
     return (
         "# A training step in PyTorch: time and memory by what the backward pass keeps\n\n"
         f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, {options.device} "

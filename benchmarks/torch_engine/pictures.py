@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,13 @@ def _box(*corners: float) -> Any:
     return Bbox.from_extents(*corners)
 
 
-def memory(path: Path, found: Mapping[str, Found]) -> None:
+def memory(
+    path: Path,
+    found: Mapping[str, Found],
+    title: str = "Memory against depth (dashed: nets of one stream)",
+    bold: str = REVERSE,
+    dashed: Callable[[Found, str], bool] = lambda one, name: one.rows[name].way.streams == 1,
+) -> None:
     """Draw peak memory against depth, a panel a workload."""
     pyplot = load_pyplot()
     shown = [one for one in found.values() if one.by_depth and not one.workload.trivial]
@@ -123,10 +129,8 @@ def memory(path: Path, found: Mapping[str, Found]) -> None:
             way, depths = one.rows[name].way, sorted(by_depth)
             peaks = [by_depth[depth].peak / S for depth in depths]
             ends[name] = math.log2(peaks[-1])
-            line = "--" if way.streams == 1 else "-"
-            axis.plot(
-                depths, peaks, line, color=COLORS[way.family], lw=2.6 if name == REVERSE else 1.3, marker="o", ms=3
-            )
+            line = "--" if dashed(one, name) else "-"
+            axis.plot(depths, peaks, line, color=COLORS[way.family], lw=2.6 if name == bold else 1.3, marker="o", ms=3)
         ends["floor"] = math.log2(one.floor)
         axis.axhline(one.floor, color="#aaaaaa", lw=1, ls=":")
         axis.set_xscale("log", base=2)
@@ -136,7 +140,7 @@ def memory(path: Path, found: Mapping[str, Found]) -> None:
             color = "#888888" if name == "floor" else COLORS[one.rows[name].way.family]
             axis.annotate(
                 name, (1.02, (height - low) / (high - low)), xycoords="axes fraction", fontsize=8, color=color,
-                va="center", fontweight="bold" if name == REVERSE else "normal",
+                va="center", fontweight="bold" if name == bold else "normal",
             )  # fmt: skip
         for each in (axis.xaxis, axis.yaxis):
             each.set_major_formatter(lambda value, _: f"{value:g}")
@@ -144,9 +148,7 @@ def memory(path: Path, found: Mapping[str, Found]) -> None:
         axis.set_title(one.workload.name, loc="left", fontweight="bold")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("peak above parameters and gradients, in S")
-    figure.text(
-        0.01, 0.98, "Memory against depth (dashed: nets of one stream)", va="top", fontweight="bold", fontsize=13
-    )
+    figure.text(0.01, 0.98, title, va="top", fontweight="bold", fontsize=13)
     figure.tight_layout(w_pad=2, rect=(0, 0, 1, 0.94))
     figure.savefig(path, dpi=150, bbox_inches="tight")
     pyplot.close(figure)

@@ -6,22 +6,20 @@ differs.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from benchmarks import libraries
+from benchmarks.libraries import ADDITIVE, Kind, Net
 from benchmarks.torch_engine.workloads import Blocks
 from revcore_torch import Checkpoint, MemoryBudget, Reverse, ReversibleSequential, StoreAll
 
-Net = Callable[[Tensor], Tensor]
 Run = Callable[..., Any]
 Family = Literal["stored", "checkpoint", "peer", "revcore"]
 
@@ -49,7 +47,8 @@ STORE_ALL = "store-all"
 PLAIN = {2: "two streams by hand", 1: "one stream by hand"}
 CHECKPOINT_PAIR = "checkpoint, pair"
 CHECKPOINT_BLOCK = "checkpoint, block"
-REVLIB = "revlib"
+PEERS = (libraries.REVLIB, libraries.MEMCNN, libraries.REVTORCH, libraries.REFORMER)
+REVLIB = libraries.REVLIB.name
 REVERSE = "Reverse()"
 
 aten = torch.ops.aten
@@ -69,24 +68,21 @@ def ways(depth: int) -> list[Way]:
     selections = {"matmuls": MATMULS, "attention": ATTENTION}
     return [
         _ours(STORE_ALL, StoreAll(), family="stored"),
-        Way(PLAIN[2], "stored", _by_hand(_call)),
-        Way(PLAIN[1], "stored", _by_hand(_call, streams=1), streams=1),
-        Way(CHECKPOINT_BLOCK, "checkpoint", _by_hand(_checkpoint)),
-        Way(CHECKPOINT_PAIR, "checkpoint", _by_hand(_checkpoint, every=2)),
-        Way("checkpoint, one stream", "checkpoint", _by_hand(_checkpoint, streams=1), streams=1),
-        *(Way(f"checkpoint, {n} blocks", "checkpoint", _by_hand(_checkpoint, every=n), frontier=True) for n in every),
+        Way(PLAIN[2], "stored", by_hand(run_plain)),
+        Way(PLAIN[1], "stored", by_hand(run_plain, streams=1), streams=1),
+        Way(CHECKPOINT_BLOCK, "checkpoint", by_hand(run_checkpoint)),
+        Way(CHECKPOINT_PAIR, "checkpoint", by_hand(run_checkpoint, every=2)),
+        Way("checkpoint, one stream", "checkpoint", by_hand(run_checkpoint, streams=1), streams=1),
+        *(Way(f"checkpoint, {n} blocks", "checkpoint", by_hand(run_checkpoint, every=n), frontier=True) for n in every),
         *(
-            Way(f"checkpoint, last {n} stored", "checkpoint", _by_hand(_checkpoint, keep_last=n), frontier=True)
+            Way(f"checkpoint, last {n} stored", "checkpoint", by_hand(run_checkpoint, keep_last=n), frontier=True)
             for n in some
         ),
         *(
-            Way(f"checkpoint, keeps {name}", "checkpoint", _by_hand(_selective(kept)), frontier=True)
+            Way(f"checkpoint, keeps {name}", "checkpoint", by_hand(_selective(kept)), frontier=True)
             for name, kept in selections.items()
         ),
-        Way(REVLIB, "peer", _revlib),
-        Way("memcnn", "peer", _memcnn),
-        Way("revtorch", "peer", _revtorch),
-        Way("reformer-pytorch", "peer", _reformer),
+        *(Way(library.name, "peer", library.build()) for library in PEERS),
         _ours(REVERSE, Reverse()),
         *(_ours(f"Reverse(keep_last={n})", Reverse(keep_last=n), frontier=True) for n in some),
         *(_ours(f"Reverse(anchor_every={n})", Reverse(anchor_every=n), frontier=True) for n in every),
@@ -115,19 +111,21 @@ def _ours(name: str, policy: Any, family: Family = "revcore", frontier: bool = F
 # --- by hand, with and without torch.utils.checkpoint ---------------------------------------------------------------
 
 
-def _by_hand(run: Run, every: int | None = None, keep_last: int = 0, streams: int = 2) -> Any:
+def by_hand(
+    run: Run, every: int | None = None, keep_last: int = 0, streams: int = 2, kind: Kind = ADDITIVE
+) -> Callable[[Blocks, int], Net]:
     """A network written out: ``run`` calls each block, or each ``every`` blocks with their couplings."""
 
     def build(blocks: Blocks, dim: int) -> Net:
         cut = len(blocks) - keep_last
 
-        def part(some: Blocks, *given: Tensor, call: Run = _call) -> tuple[Tensor, ...]:
+        def part(some: Blocks, *given: Tensor, call: Run = run_plain) -> tuple[Tensor, ...]:
             x, *other = given
             for block in some:
                 if other:  # a half-step: the stream it changed comes last next time
-                    x, other = other[0], [x + call(block, other[0])]
+                    x, other = other[0], [kind.forward(x, call(block, other[0]))]
                 else:
-                    x = x + call(block, x)
+                    x = kind.forward(x, call(block, x))
             return x, *other
 
         def net(x: Tensor) -> Tensor:
@@ -145,11 +143,11 @@ def _by_hand(run: Run, every: int | None = None, keep_last: int = 0, streams: in
     return build
 
 
-def _call(f: Run, *args: Any) -> Any:
+def run_plain(f: Run, *args: Any) -> Any:
     return f(*args)
 
 
-def _checkpoint(f: Run, *args: Any) -> Any:
+def run_checkpoint(f: Run, *args: Any) -> Any:
     return checkpoint(f, *args, use_reentrant=False)
 
 
@@ -159,59 +157,3 @@ def _selective(kept: list[Any]) -> Run:
 
 def _checkpoint_with(f: Run, *args: Any, context_fn: Any) -> Any:
     return checkpoint(f, *args, use_reentrant=False, context_fn=context_fn)
-
-
-# --- the other libraries --------------------------------------------------------------------------------------------
-
-PEERS = {"revlib": "1.7.2", "memcnn": "1.5.2", "revtorch": "0.2.4", "reformer-pytorch": "1.4.4"}
-
-
-def _pairs(blocks: Blocks) -> list[tuple[nn.Module, nn.Module]]:
-    return list(zip(blocks[::2], blocks[1::2], strict=True))
-
-
-def _import(name: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what they say of torch's deprecations is for their authors
-        return importlib.import_module(name)
-
-
-def _revlib(blocks: Blocks, dim: int) -> Net:
-    return _import("revlib").ReversibleSequential(*blocks, split_dim=dim)
-
-
-def _revtorch(blocks: Blocks, dim: int) -> Net:
-    revtorch = _import("revtorch")
-    pairs = [revtorch.ReversibleBlock(f, g, split_along_dim=dim) for f, g in _pairs(blocks)]
-    return revtorch.ReversibleSequence(nn.ModuleList(pairs))
-
-
-def _memcnn(blocks: Blocks, dim: int) -> Net:
-    memcnn = _import("memcnn")
-    net = nn.Sequential(
-        *(memcnn.InvertibleModuleWrapper(memcnn.AdditiveCoupling(f, g, split_dim=dim)) for f, g in _pairs(blocks))
-    )
-    return lambda x: net(x.clone())  # it empties its input
-
-
-def _reformer(blocks: Blocks, dim: int) -> Net:
-    # The package's __init__ needs half a dozen other packages; the file alone needs torch.
-    spec = importlib.util.find_spec("reformer_pytorch")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("No module named 'reformer_pytorch'")
-    path = f"{spec.submodule_search_locations[0]}/reversible.py"
-    file = importlib.util.spec_from_file_location("reformer_pytorch_reversible", path)
-    assert file is not None
-    assert file.loader is not None
-    module = importlib.util.module_from_spec(file)
-    file.loader.exec_module(module)
-    net = module.ReversibleSequence(nn.ModuleList(nn.ModuleList(pair) for pair in _pairs(blocks)))
-    if dim == 2:
-        return net
-
-    def parted_elsewhere(x: Tensor) -> Tensor:
-        if x.dim() > 2:
-            raise NotImplementedError(f"it parts dimension 2 and no other; here the streams lie in dimension {dim}")
-        return net(x.unsqueeze(1)).squeeze(1)
-
-    return parted_elsewhere
