@@ -219,7 +219,8 @@ def check_contents(before: tuple[list[Any], Any], now: tuple[list[Any], Any]) ->
     if before[1] != now[1] or [*map(id, before[0])] != [*map(id, now[0])]:
         raise SpecError(
             "a block changed what an argument holds (a list, a dict, or an object with tensors), so it would meet "
-            "another argument when it runs again: return the new value as an extra output, fill a cache before, or "
+            "another argument when it runs again: return the new value as an extra output, fill a cache before (a "
+            "transformers model makes one by itself: pass use_cache=False), or "
             "use policy=StoreAll()"
         )
 
