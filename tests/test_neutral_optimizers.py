@@ -42,7 +42,8 @@ def used(model: Any) -> Any:
 def test_training_goes_on_in_either_framework(wrapped: bool) -> None:
     """Two steps here, the state carried over, one step on either side; and the state goes back exact."""
     source, target = used(TorchModel()), used(nnx_model())
-    adam = torch.optim.AdamW(source.parameters(), lr=1e-2, weight_decay=0.1)
+    # eps: where a gradient is all rounding, a step that divides by it is any number, in every framework another
+    adam = torch.optim.AdamW(source.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4)
 
     def step() -> None:
         adam.zero_grad()
@@ -56,7 +57,7 @@ def test_training_goes_on_in_either_framework(wrapped: bool) -> None:
     tensors = torch_neutral.to_neutral(source)
 
     jax_neutral.from_neutral(target, tensors)
-    schedule = optax.adamw(lambda count: jnp.where(count == 2, 1e-2, jnp.nan), weight_decay=0.1)
+    schedule = optax.adamw(lambda count: jnp.where(count == 2, 1e-2, jnp.nan), eps=1e-4, weight_decay=0.1)
     params = nnx.state(target, nnx.Param)
     if wrapped:
         optimizer = nnx.Optimizer(target, schedule, wrt=nnx.Param)
@@ -78,7 +79,7 @@ def test_training_goes_on_in_either_framework(wrapped: bool) -> None:
     assert tree_error(theirs, moved) < 1e-3  # of the step itself, which divides by small second moments
 
     fresh = used(TorchModel())
-    new = torch.optim.AdamW(fresh.parameters(), lr=1e-2, weight_decay=0.1)
+    new = torch.optim.AdamW(fresh.parameters(), lr=1e-2, weight_decay=0.1, eps=1e-4)
     torch_neutral.from_neutral(fresh, tensors)
     torch_neutral.optimizer_from_neutral(fresh, new, back)
     torch_loss(fresh).backward()
