@@ -17,8 +17,8 @@ from revcore.policy import Checkpoint, Reverse, StepPolicy, StoreAll, segments
 from revcore.program import Program
 from revcore_torch import outside
 from revcore_torch.drift import probing, warn_once
-from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, narrowed, run_plain, widened
-from revcore_torch.tape import Tape, _can_record, _keep_dynamo_out, _take_back
+from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, narrowed, widened
+from revcore_torch.tape import Tape, _can_record, _keep_dynamo_out, _take_back, run_stored
 
 
 class Session:
@@ -125,7 +125,7 @@ class Session:
             self.arguments = Arguments((), {}, {}, self.dtypes)
         self.arguments.add(self.done, args, kwargs)
         if segment.kind == "store":
-            self.streams, extra = run_plain(calls, self.streams, self.arguments)
+            self.streams, extra = run_stored(segment, calls, self.streams, self.arguments)
             return extra[0]
         if start == segment.start:
             self.tape = Tape(segment, self.streams, self.arguments, self.probe)

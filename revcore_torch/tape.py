@@ -120,7 +120,7 @@ class Tape:
         self.given: list[tuple[Tensor, int]] = []  # while recording: arguments, and their versions from before
         leaves, _ = arguments.flat
         self.devices = replay.random_devices((*streams, *(leaf for leaf in leaves if isinstance(leaf, Tensor))))
-        self.generators = [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]
+        self.generators: list[torch.Generator] = []
         self.kinds = replay.kinds_of(self.devices)
         self.settings = replay.settings(self.kinds)
         self.random = self.random_now = replay.random_state(self.devices)
@@ -147,8 +147,10 @@ class Tape:
         return tuple(s if _is_dense(s) else s.clone() for s in streams) if self.kind == "reverse" else streams
 
     def take_in(self, leaves: Sequence[Any]) -> None:
-        """Note the tensors among the arguments of steps to come."""
+        """Note the tensors and generators among the arguments of steps to come."""
         self.given += [(leaf, version(leaf)) for leaf in leaves if isinstance(leaf, Tensor)]
+        known = self.generators
+        known += [leaf for leaf in leaves if isinstance(leaf, torch.Generator) and leaf not in known]
 
     def step(self, call: Call, streams: Streams, arguments: Arguments) -> tuple[Streams, tuple[Any, ...]]:
         """Run the next step; return the streams after it, and the block's auxiliary outputs."""
@@ -586,8 +588,7 @@ def _run_plan(
     for segment in plan:
         here = calls[segment.start : segment.stop]
         if segment.kind == "store":
-            with on_host(segment.offload):
-                streams, extra = run_plain(here, streams, arguments)
+            streams, extra = run_stored(segment, here, streams, arguments)
         else:
             tapes.append(make_tape(segment, streams, arguments, probe))
             streams, extra = tapes[-1].record(here, streams, arguments)
@@ -595,6 +596,14 @@ def _run_plan(
     if calls and calls[0].watch is not None:
         streams = calls[0].watch.settle(streams)
     return streams, aux
+
+
+def run_stored(
+    segment: Segment, calls: Sequence[Call], streams: Streams, arguments: Arguments
+) -> tuple[Streams, list[tuple[Any, ...]]]:
+    """Run steps of a segment that keeps everything."""
+    with on_host(segment.offload):
+        return run_plain(calls, streams, arguments)
 
 
 def _take_back(tapes: Sequence[Tape]) -> None:

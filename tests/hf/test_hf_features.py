@@ -22,7 +22,7 @@ from torch import nn
 
 import revcore_torch
 from revcore import MemoryBudget, SpecError
-from revcore_torch import Reverse, StoreAll, is_recomputing
+from revcore_torch import Reverse, StoreAll, is_recomputing, keep
 from revcore_torch.hf import compare, make_plain, make_reversible, plain, stacks
 from revcore_torch.memory import LiveBytes
 
@@ -332,6 +332,53 @@ def test_layers_that_were_called_by_themselves_are_forgotten() -> None:
     random = torch.randn(3)  # drawn meanwhile, and not to be drawn again
     model(x).sum().backward()
     assert not torch.equal(random, torch.randn(3))
+
+
+def test_what_is_stored_is_offloaded_if_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[Any] = []
+    monkeypatch.setattr(keep, "to_host", lambda tensor: packed.append(tensor) or tensor)
+
+    def count(policy: Any) -> int:
+        model = make_reversible(Loop(), "revnet", layers="layers", policy=policy)
+        packed.clear()
+        model(torch.randn(5, 4, requires_grad=True)).sum().backward()
+        return len(packed)
+
+    assert count(StoreAll()) == count(Reverse(keep_last=1)) == 0
+    of_three_layers, streams = count(StoreAll(offload=True)), count(Reverse(offload=True))
+    assert of_three_layers > 0
+    assert count(Reverse(keep_last=1, offload=True)) == of_three_layers // 3 + streams
+
+
+class Noise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Any, generator: torch.Generator | None = None) -> Any:
+        y = self.linear(x)
+        return y if generator is None else y * torch.rand(y.shape, generator=generator, dtype=y.dtype)
+
+
+def test_a_generator_that_only_a_later_layer_gets_is_put_back() -> None:
+    class Model(Loop):
+        def forward(self, x: Any) -> Any:
+            generator = torch.Generator().manual_seed(0)
+            for i, layer in enumerate(self.layers):
+                x = layer(x, **({"generator": generator} if i else {}))
+            return x
+
+    found = []
+    for policy in (Reverse(), StoreAll()):
+        model = Model()
+        model.layers = nn.ModuleList([Noise() for _ in range(3)])
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        make_reversible(model.double(), "momentum", beta=0.5, layers="layers", policy=policy)
+        model(torch.ones(5, 4, dtype=torch.float64).cumsum(0)).square().sum().backward()
+        found.append(gradients(model))
+    assert tree_error(*found) < 1e-12
 
 
 def test_an_identity_between_layers_is_let_through() -> None:
