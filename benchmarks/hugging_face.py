@@ -13,10 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
-import importlib.metadata
-import os
-import platform
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,8 @@ from rich.progress import track
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from benchmarks.shared import Ratio, interleaved, markdown, table
+from benchmarks.shared import Ratio, interleaved, machine, markdown, table
+from benchmarks.torch_engine.measure import Cpu
 from revcore_torch.fakes import faking
 from revcore_torch.hf import make_reversible
 from revcore_torch.memory import Meter
@@ -83,23 +80,13 @@ def peak(way: str, depth: int, length: int) -> int:
     return meter.peak
 
 
-class Here:
-    """The clock of this machine."""
-
-    def seconds(self, step: Callable[[], None], repeats: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        return (time.perf_counter() - start) / repeats
-
-
 def times(depth: int, rounds: int) -> dict[str, Ratio]:
     """Return each way's time over that of the ordinary model."""
     tokens = torch.randint(1, 1000, (4, 128))
     steps = {way: functools.partial(step, build(way, depth), tokens) for way in WAYS}
     for each in steps.values():
         each()
-    seconds = interleaved(steps, Here(), rounds)
+    seconds = interleaved(steps, Cpu(), rounds)
     return {way: Ratio.of(found, seconds["ordinary"]) for way, found in seconds.items()}
 
 
@@ -156,11 +143,10 @@ def main() -> None:
                 *(f"{each[way].median:.2f} ({each[way].low:.2f} to {each[way].high:.2f})" for each in found.values()),
             )
         parts.append(markdown(made))
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
     about = (
         "python -m benchmarks.hugging_face --write\n\n"
-        f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-        f"{versions}. Times: median of {options.rounds} interleaved rounds (quartiles), real, at 4 × 128 tokens."
+        f"{datetime.date.today()}, {machine('torch', 'transformers')}. Times: median of {options.rounds} interleaved "
+        "rounds (quartiles), real, at 4 × 128 tokens."
     )
     text = "\n\n".join([about, *parts]) + "\n"
     print(text)

@@ -15,9 +15,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +24,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks.shared import markdown, table
+from benchmarks.shared import machine, markdown, table
 from examples.reformer import KEEP_BUCKETS, parts
 from revcore import Checkpoint, Policy, Reverse, StoreAll
 from revcore_torch import ReversibleSequential
@@ -147,11 +144,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="write a dated file to benchmarks/results")
     options = parser.parse_args(arguments)
     size = Size()
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "reformer-pytorch"))
     text = (
         f"{size.depth} layers, two streams of {WIDTH}, 1 × {size.context}, {HEADS} heads, {size.hashes} hashes into "
         f"buckets of {size.bucket}, feed-forward in {CHUNKS} chunks, float32; {size.seeds} seeds.\n"
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}.\n"
+        f"{machine('torch', 'reformer-pytorch')}.\n"
         f"python -m benchmarks.reformer\n\n{report(size)}\n"
     )
     print(text)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
+import os
+import platform
 import random
 import statistics
 from collections.abc import Callable, Mapping
@@ -82,6 +85,16 @@ def verdict(title: str, claims: list[Claim]) -> str:
     for claim in claims:
         made.add_row(claim.text, f"{claim.value:.3f}", f"≤ {claim.bound:.2f}", "yes" if claim.ok else "**no**")
     return markdown(made)
+
+
+def machine(*packages: str) -> str:
+    """Return where this runs, and the versions of ``packages``: what a record begins with.
+
+    >>> machine("numpy").split(", ")[2:]
+    ['Python 3...', 'numpy ...']
+    """
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    return ", ".join([platform.machine(), f"{os.cpu_count()} cores", f"Python {platform.python_version()}", *versions])
 
 
 def table(*columns: str) -> Table:

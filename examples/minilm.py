@@ -162,10 +162,16 @@ def build(kind: Kind, seed: int) -> Classifier:
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
+def in_parts(data: Data) -> Iterator[Data]:
+    """Yield the data in batches for evaluation."""
+    for i in range(0, len(data.labels), 64):
+        yield data[i : i + 64]
+
+
 @torch.no_grad()
 def embeddings(model: Classifier, data: Data) -> np.ndarray:
     model.eval()
-    return torch.cat([model.embed(data[i : i + 64]) for i in range(0, len(data.labels), 64)]).numpy()
+    return torch.cat([model.embed(part) for part in in_parts(data)]).numpy()
 
 
 def probe(model: Classifier, train: Data, test: Data) -> float:
@@ -179,9 +185,7 @@ def probe(model: Classifier, train: Data, test: Data) -> float:
 @torch.no_grad()
 def accuracy(model: Classifier, data: Data) -> float:
     model.eval()
-    right = [
-        model(part).argmax(-1) == part.labels for part in (data[i : i + 64] for i in range(0, len(data.labels), 64))
-    ]
+    right = [model(part).argmax(-1) == part.labels for part in in_parts(data)]
     return float(torch.cat(right).double().mean())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from revcore.laws import InverseReport
 from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program
 from revcore_torch.functional import Layerwise, eager, inverse, inverse_report, joined
-from revcore_torch.steps import dtype_of
+from revcore_torch.steps import dtype_of, gathered, spread
 
 CouplingFunction = Callable[[Any, Any], Any] | None  # None, in a list: the additive one
 
@@ -193,10 +192,8 @@ class ReversibleSequential(nn.Sequential):
         if not isinstance(input, Tensor):
             raise SpecError(f"the input came as {type(input).__name__}, expected a tensor")
         n, how = self.num_streams, self._how[0]
-        if how == "copy":
-            return (input,) * n
-        if how == "zeros":
-            return (*(torch.zeros_like(input) for _ in range(n - 1)), input)
+        if how != "chunk":
+            return spread(input, how, n)
         assert self.split_dim is not None
         sequential.check_axis(self.split_dim, input.shape, n, "split_dim")
         return input.chunk(n, self.split_dim)
@@ -207,10 +204,7 @@ class ReversibleSequential(nn.Sequential):
         if how == "concat":
             assert self.split_dim is not None
             return torch.cat(streams, self.split_dim)
-        if how == "last":
-            return streams[-1]
-        total = functools.reduce(torch.add, streams)
-        return total / len(streams) if how == "mean" else total
+        return gathered(streams, how)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if any(".wrapped_module." in key for key in state_dict):

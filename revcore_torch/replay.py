@@ -321,7 +321,7 @@ class Buffers:
     def take_back(self) -> None:
         """Undo what the block did: a later one failed, or it did itself."""
         self.settle()
-        _put(self._replaced)
+        put(self._replaced)
         for buffer, old in (*zip(self._statistics, self._old_statistics, strict=True), *self._before):
             if old is not None:
                 buffer.data.copy_(old)
@@ -354,11 +354,11 @@ class Buffers:
         # through .data: a restored value is no change that autograd should count
         for buffer, old in self._before:
             buffer.data.copy_(old)
-        _put(self._replaced)
+        put(self._replaced)
         try:
             yield
         finally:
-            _put(there)
+            put(there)
             for buffer, value in zip(changing, now, strict=True):
                 buffer.data.copy_(value)
 
@@ -366,7 +366,8 @@ class Buffers:
 Place = dict[str, Tensor | None]
 
 
-def _put(buffers: list[tuple[Place, Place]]) -> None:
+def put(buffers: list[tuple[Place, Place]]) -> None:
+    """Let each place hold what stands beside it, and nothing else."""
     for place, content in buffers:
         place.clear()
         place.update(content)

@@ -167,6 +167,21 @@ class Arguments:
         return tuple([stream.to(wide) for stream in streams])
 
 
+def spread(x: Tensor, split: str, num_streams: int) -> Streams:
+    """Return the streams of a program whose ``split`` does not part the input: ``"copy"`` or ``"zeros"``."""
+    if split == "copy":
+        return (x,) * num_streams
+    return (*(torch.zeros_like(x) for _ in range(num_streams - 1)), x)
+
+
+def gathered(streams: Streams, merge: str) -> Tensor:
+    """Return the output of a program whose ``merge`` does not join streams: ``"last"``, ``"sum"`` or ``"mean"``."""
+    if merge == "last":
+        return streams[-1]
+    total = functools.reduce(torch.add, streams)
+    return total / len(streams) if merge == "mean" else total
+
+
 def dtype_of(given: Any) -> torch.dtype | None:
     """Return the dtype that ``stream_dtype`` names."""
     if given is None:

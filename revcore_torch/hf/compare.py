@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from revcore.errors import SpecError
+from revcore_torch.hf.convert import plain, stacks
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,6 @@ def compare(model: nn.Module, *args: Any, **kwargs: Any) -> Distance:
     >>> compare(model, torch.ones(1, 4, dtype=torch.long)).cosine
     1.0
     """
-    from revcore_torch.hf.convert import plain, stacks
-
     if not stacks(model):
         raise SpecError("the model has no reversible layers: call make_reversible(model, …) first")
     training = [module for module in model.modules() if module.training]

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
-
-import torch
-from torch import Tensor
 
 from revcore.coupling import Additive
 from revcore.errors import SpecError
@@ -45,7 +40,7 @@ class Settings:
         """
         if self.kind == "bdia":
             assert self.gamma is not None
-            return bdia(depth, sign * self.gamma, self.exact or 12)
+            return bdia(depth, sign * self.gamma, self.exact or BITS)
         if self.kind == "momentum":
             assert self.beta is not None
             made = dataclasses.replace(momentum_net(depth, self.beta), split="zeros", merge="last")
@@ -59,6 +54,7 @@ class Settings:
 
 
 _OWNERS: dict[str, KindName] = {"beta": "momentum", "h": "leapfrog", "gamma": "bdia"}
+BITS = 12  # after the point, where exactness is asked for and no number is
 DEFAULTS: dict[str, Any] = {"beta": 0.5, "h": 1.0, "gamma": 0.5}
 
 
@@ -74,15 +70,5 @@ def settings(kind: Any, given: dict[str, Any], exact: int | bool | None) -> Sett
         if owner == kind:
             values.setdefault(name, DEFAULTS[name])
     if isinstance(exact, bool):
-        exact = 12 if exact else None
-    return Settings(kind, exact=12 if kind == "bdia" and exact is None else exact, **values)
-
-
-def start(program: Program, x: Tensor) -> tuple[Tensor, ...]:
-    """Return the streams that the first layer's input ``x`` is made into."""
-    return (torch.zeros_like(x), x) if program.split == "zeros" else (x, x)
-
-
-def join(program: Program, streams: tuple[Tensor, ...]) -> Tensor:
-    """Return what is handed out after the last layer."""
-    return streams[-1] if program.merge == "last" else functools.reduce(operator.add, streams) / len(streams)
+        exact = BITS if exact else None
+    return Settings(kind, exact=BITS if kind == "bdia" and exact is None else exact, **values)

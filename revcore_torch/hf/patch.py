@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from revcore.errors import SpecError
 from revcore.policy import MemoryBudget, Policy, StepPolicy, StoreAll, check_policy
 from revcore_torch.hf import caches
-from revcore_torch.hf.kinds import Settings, join, start
+from revcore_torch.hf.kinds import Settings
 from revcore_torch.session import Session
-from revcore_torch.steps import dtype_of
+from revcore_torch.steps import dtype_of, gathered, spread
 from revcore_torch.watch import is_faking
 
 _thread = threading.local()
@@ -94,7 +94,9 @@ class Stack:
         if self.mirrored is not None and not is_faking() and torch.rand(()) < 0.5:
             program = self.mirrored
         policy = StoreAll() if keeps_all else self.policy
-        session = Session(program, policy, start(program, x), self.stream_dtype, functools.partial(join, program))
+        streams = spread(x, program.split, program.num_streams)
+        join = functools.partial(gathered, merge=program.merge)
+        session = Session(program, policy, streams, self.stream_dtype, join)
         _sessions()[self] = session
         return session
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from revcore.errors import SpecError
+from revcore_torch.replay import put
 
 
 def device_of(given: Any) -> torch.device | None:
@@ -63,12 +64,12 @@ def _moved(block: nn.Module, device: torch.device) -> Iterator[None]:
     copies = {key: _move(tensor, device) for key, tensor in tensors.items()}
     versions = {key: copy._version for key, copy in copies.items()}
     there = [{name: copies.get(id(t)) for name, t in content.items()} for content in before]
-    _put(places, there)
+    put([*zip(places, there, strict=True)])
     try:
         yield
         replaced = [n for place, copy in zip(places, there, strict=True) for n in copy if place.get(n) is not copy[n]]
     finally:
-        _put(places, before)
+        put([*zip(places, before, strict=True)])
         for module in modules:
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()  # a list of its own, of the copies
@@ -87,12 +88,6 @@ def _moved(block: nn.Module, device: torch.device) -> Iterator[None]:
             elif copy._version != versions[id(buffer)]:
                 with torch.no_grad():
                     buffer.copy_(copy)
-
-
-def _put(places: list[dict[str, Any]], contents: list[dict[str, Any]]) -> None:
-    for place, content in zip(places, contents, strict=True):
-        place.clear()
-        place.update(content)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

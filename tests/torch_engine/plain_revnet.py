@@ -47,3 +47,28 @@ def assert_like_plain(model: nn.Module, plain: nn.Module, x: Tensor, depth: int,
     assert state.keys() == plain_state.keys()
     for name, value in state.items():
         torch.testing.assert_close(value, plain_state[name], msg=name)
+
+
+# --- what their tests are made of -------------------------------------------------------------------------------------
+
+WIDTH, DEPTH = 4, 5
+
+
+def block(p: float = 0.0) -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(p), nn.Linear(WIDTH, WIDTH)).double()
+
+
+def make_input() -> Tensor:
+    return torch.randn(3, 2 * WIDTH, dtype=torch.float64)
+
+
+def damped(x: Tensor, f: Tensor) -> Tensor:
+    return 0.9 * x + f
+
+
+def undamped(y: Tensor, f: Tensor) -> Tensor:
+    return (y - f) / 0.9
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())

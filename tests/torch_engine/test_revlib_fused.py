@@ -14,21 +14,9 @@ import revcore_torch as revlib
 from revcore import InversionError, SpecError
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
 from revcore_torch.memory import LiveBytes
+from tests.torch_engine.plain_revnet import DEPTH, WIDTH, block, bytes_of, make_input
 
-WIDTH, DEPTH = 4, 5
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
-
-
-def block(p: float = 0.0) -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(p), nn.Linear(WIDTH, WIDTH)).double()
-
-
-def make_input() -> Tensor:
-    return torch.randn(3, 2 * WIDTH, dtype=torch.float64)
-
-
-def bytes_of(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 3) -> list[Tensor]:

@@ -16,25 +16,16 @@ from revcore_torch.core import MergeCalls, ReversibleWrapper, SingleBranchRevers
 from revcore_torch.memory import LiveBytes
 from revcore_torch.utils import module_list_to_momentum_net
 from tests.helpers import assert_close
-from tests.torch_engine.plain_revnet import PlainRevNet, assert_like_plain
-
-WIDTH, DEPTH = 4, 5
-
-
-def block(p: float = 0.0) -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(p), nn.Linear(WIDTH, WIDTH)).double()
-
-
-def make_input() -> Tensor:
-    return torch.randn(3, 2 * WIDTH, dtype=torch.float64)
-
-
-def damped(x: Tensor, f: Tensor) -> Tensor:
-    return 0.9 * x + f
-
-
-def undamped(y: Tensor, f: Tensor) -> Tensor:
-    return (y - f) / 0.9
+from tests.torch_engine.plain_revnet import (
+    DEPTH,
+    WIDTH,
+    PlainRevNet,
+    assert_like_plain,
+    block,
+    damped,
+    make_input,
+    undamped,
+)
 
 
 class Chain(nn.Module):

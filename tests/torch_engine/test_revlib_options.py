@@ -15,23 +15,19 @@ from revcore import SpecError
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
 from revcore_torch.memory import LiveBytes
 from revcore_torch.revlib import offload
-from tests.torch_engine.plain_revnet import PlainRevNet, assert_like_plain, outcome
+from tests.torch_engine.plain_revnet import (
+    DEPTH,
+    WIDTH,
+    PlainRevNet,
+    assert_like_plain,
+    block,
+    bytes_of,
+    make_input,
+    outcome,
+)
 
-WIDTH, DEPTH = 4, 5
 MODES = revlib.MemoryModes
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
-
-
-def block(p: float = 0.0) -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Dropout(p), nn.Linear(WIDTH, WIDTH)).double()
-
-
-def make_input() -> Tensor:
-    return torch.randn(3, 2 * WIDTH, dtype=torch.float64)
-
-
-def bytes_of(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 # --- memory_mode ------------------------------------------------------------------------------------------------------
