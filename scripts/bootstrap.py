@@ -78,11 +78,28 @@ def install_cpu_torch(venv: Path) -> None:
         say("found no CPU build of torch: going on with the default one, which is large but works without a GPU")
 
 
+def install_deepspeed(venv: Path) -> None:
+    """Build DeepSpeed, which comes as source, against the torch that is here: pip's own way would download another."""
+    say("building DeepSpeed")
+    pinned = ["--constraint", CONSTRAINTS]
+    # its setup.py asks for torch, and says nothing of it; what it compiles, it compiles when it is first used
+    if not (
+        pip_install(venv, *pinned, "torch", "setuptools")
+        and pip_install(venv, *pinned, "--no-build-isolation", "deepspeed")
+    ):
+        sys.exit(
+            "Could not install DeepSpeed (see above); the next make tries again. EXTRAS=torch,jax goes without it."
+        )
+
+
 def install_pinned(venv: Path, extras: str) -> None:
     """Install the versions in constraints.txt."""
-    needs_torch = not {"torch", "deepspeed", "hf"}.isdisjoint(extras.split(","))
+    wanted = set(extras.split(","))
+    needs_torch = not {"torch", "deepspeed", "dev", "hf"}.isdisjoint(wanted)
     if needs_torch and sys.platform == "linux" and not has_nvidia_gpu():
         install_cpu_torch(venv)
+    if not {"deepspeed", "dev"}.isdisjoint(wanted):
+        install_deepspeed(venv)
     say(f"installing revcore-nn[{extras}] and what it needs, as pinned in constraints.txt")
     if not pip_install(venv, "--constraint", CONSTRAINTS, "--editable", f".[{extras}]"):
         sys.exit("Could not install what revcore needs (see above); the next make tries again.")

@@ -1,0 +1,210 @@
+"""Cases that run in several real processes: gloo on 127.0.0.1, one thread each, started once for a whole file of cases.
+
+A test file is a script as well: it registers cases, and as a script it runs them, on every rank, one after the other::
+
+    CASES = Cases(world=2)
+
+    @CASES
+    def averages(rank: int, world: int) -> None: ...
+
+    outcomes = CASES.fixture(__file__)
+    pytestmark = CASES.mark(__file__)
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
+        outcomes.check(name)
+
+    if __name__ == "__main__":
+        CASES.run()
+
+A case must assert on every rank; a rank that fails while another waits for it brings the run to its end within
+``PATIENCE`` seconds, and the cases after it are said not to have run.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATIENCE = 60.0  # seconds that a collective waits for the other ranks
+LIMIT = 600.0  # seconds for a whole file: a test that hangs is to fail, not to stop everything
+ROOT = Path(__file__).resolve().parents[2]
+
+Case = Callable[[int, int], None]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun would set, and what keeps processes on one machine out of each other's way."""
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+class Ranks:
+    """Processes that were started together; whatever becomes of the test, none of them outlives it.
+
+    Standard output and error of each go into one file, so that no full pipe stops a rank.
+    """
+
+    def __init__(self, command: Sequence[str | Path], world: int, folder: Path, more: Mapping[str, str] = {}) -> None:
+        port = free_port()
+        self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for rank, log in enumerate(self.logs):
+            with log.open("wb") as out:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *map(str, command)], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+                        env={**environment(rank, world, port), **more}, start_new_session=True,
+                    )
+                )  # fmt: skip
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def kill(self, *ranks: int) -> None:
+        """End these ranks and all they started, at once (SIGKILL); all of them, where none is named."""
+        for rank in ranks or range(len(self.processes)):
+            process = self.processes[rank]
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def wait(self, limit: float = LIMIT) -> list[int]:
+        """Wait for all, but a few seconds only once one has failed; return their exit codes."""
+        end = time.monotonic() + limit
+        while any(p.poll() is None for p in self.processes):
+            if any(p.poll() not in (None, 0) for p in self.processes):
+                end = min(end, time.monotonic() + 5)
+            if time.monotonic() > end:
+                self.kill()
+            time.sleep(0.05)
+        return [p.returncode for p in self.processes]
+
+    def said(self) -> str:
+        """Return what the ranks printed."""
+        return "\n".join(f"--- rank {i} ---\n{log.read_text(errors='replace')}" for i, log in enumerate(self.logs))
+
+
+class Outcomes:
+    """What became of each case of a file: nothing, or what went wrong on which rank."""
+
+    def __init__(self, problems: Mapping[str, list[str]], said: str, world: int) -> None:
+        self.problems, self.said, self.world = problems, said, world
+
+    def check(self, name: str) -> None:
+        """Fail with what went wrong, if anything did, or if the case did not run on every rank."""
+        problems = self.problems.get(name, [])
+        for rank, problem in enumerate(problems):
+            if problem:
+                pytest.fail(f"on rank {rank}:\n{problem}")
+        if len(problems) != self.world:
+            pytest.fail(f"{name!r} ended on {len(problems)} of {self.world} ranks:\n{self.said}")
+
+
+class Cases(dict[str, Case]):
+    """The cases of one file, by name, and the processes they run in."""
+
+    def __init__(self, world: int = 2, limit: float = LIMIT, environment: Mapping[str, str] = {}) -> None:
+        super().__init__()
+        self.world, self.limit, self.environment = world, limit, dict(environment)
+
+    def __call__(self, case: Case) -> Case:
+        return self.add(case.__name__.replace("_", " "), case)
+
+    def add(self, name: str, case: Case) -> Case:
+        assert name not in self, f"two cases are called {name!r}"
+        self[name] = case
+        return case
+
+    def mark(self, file: str) -> pytest.MarkDecorator:
+        """Say that all tests of a file belong to one worker, or each worker would start processes of its own."""
+        return pytest.mark.xdist_group(Path(file).stem)
+
+    def fixture(self, file: str) -> Any:
+        """Return the fixture that starts ``file`` as a script on every rank and reads what became of its cases."""
+
+        @pytest.fixture(scope="module", name="outcomes")
+        def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Outcomes]:
+            items: list[Any] = [item for item in request.session.items if item.path == Path(file)]
+            wanted = [item.callspec.params["name"] for item in items if "outcomes" in item.fixturenames]
+            folder = tmp_path_factory.mktemp(Path(file).stem)
+            more = {**self.environment, "REVCORE_CASES": json.dumps(wanted), "REVCORE_OUTCOMES": str(folder)}
+            with Ranks(["-W", "error", file], self.world, folder, more) as ranks:
+                ranks.wait(self.limit)
+                yield Outcomes(self._read(folder), ranks.said(), self.world)
+
+        return outcomes
+
+    def _read(self, folder: Path) -> dict[str, list[str]]:
+        problems: dict[str, list[str]] = {}
+        for rank in range(self.world):
+            path = folder / f"{rank}.jsonl"
+            for line in path.read_text().splitlines() if path.exists() else ():
+                name, problem = json.loads(line)
+                problems.setdefault(name, []).append(problem)
+        return problems
+
+    def run(self, init: Callable[[], None] | None = None) -> None:
+        """Run the cases on this rank, in one process group; ``init`` makes it, where it is not to be gloo's default."""
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        torch.set_num_threads(1)
+        folder = Path(os.environ.get("REVCORE_OUTCOMES") or tempfile.mkdtemp())
+        wanted = json.loads(os.environ.get("REVCORE_CASES") or json.dumps(list(self)))
+        if init is None:
+            dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
+        else:
+            init()
+        rank, world = dist.get_rank(), dist.get_world_size()
+        store = _get_default_store()
+        for name in wanted:
+            torch.manual_seed(0)
+            try:
+                self[name](rank, world)
+                problem = ""
+            except Exception:
+                problem = traceback.format_exc()
+                print(problem, flush=True)
+            with (folder / f"{rank}.jsonl").open("a") as out:
+                out.write(json.dumps([name, problem]) + "\n")
+            store.set(f"outcome of {name} {rank}", "failed" if problem else "passed")
+            ends = {store.get(f"outcome of {name} {other}") for other in range(world)}
+            if len(ends) > 1:  # the ranks have lost each other
+                time.sleep(1)  # the first of them holds the store that the others read
+                os._exit(1)
+        dist.destroy_process_group()
