@@ -57,7 +57,8 @@ def create_venv(venv: Path, system_site_packages: bool) -> None:
 def pip_install(venv: Path, *arguments: str | Path, quiet: bool = False) -> bool:
     verbosity = [] if sys.stdout.isatty() else ["-qq"]  # for a log, errors alone: progress bars are for people
     pip = [venv / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--no-input"]
-    return run(*pip, *verbosity, *arguments, quiet=quiet)
+    # half of the time went into compiling modules, most of which nobody imports; Python compiles those that are
+    return run(*pip, "--no-compile", *verbosity, *arguments, quiet=quiet)
 
 
 def has_nvidia_gpu() -> bool:
