@@ -135,11 +135,13 @@ class ReversibleSequential(nn.Sequential):
             raise SpecError(
                 "a ReversibleSequential with a program of its own cannot be sliced: build the part's program"
             )
+        cycle = self._couplings
+        couplings = [cycle[i % len(cycle)] for i in range(len(self))[idx]] if len(cycle) > 1 else cycle
         options: Any = {} if self.revlib is None else {"target_device": self.revlib.target_device}
         part = type(self)(
             OrderedDict(list(self._modules.items())[idx]),  # type: ignore[arg-type]
             split_dim=self.split_dim,
-            coupling=self._couplings or None,
+            coupling=couplings or None,
             num_streams=self.num_streams,
             policy=self.policy,
             stream_dtype=self.stream_dtype,
