@@ -20,6 +20,7 @@ from revcore_torch import ReversibleSequential
 from revcore_torch.memory import LiveBytes
 
 MICRO = 2  # rows of a micro-batch
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
 
 
 def init() -> None:

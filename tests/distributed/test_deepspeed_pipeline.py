@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from networks import MLP, VOCABULARY, WIDTH, assert_close, batches, train_alone, values_of
 from pipelines import (
+    ENVIRONMENT,
     Network,
     additive,
     affine,
@@ -45,7 +46,7 @@ from revcore_torch import ReversibleSequential
 
 pytest.importorskip("deepspeed")
 
-CASES = Cases(world=2, environment={"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": tempfile.gettempdir()})
+CASES = Cases(world=2, environment=ENVIRONMENT)
 DATA = batches()  # of two micro-batches each
 
 
