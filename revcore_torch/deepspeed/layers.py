@@ -137,6 +137,11 @@ def _cut(owner: ReversibleSequential, blocks: Sequence[Any]) -> list[Any]:
         )
     if owner.revlib is not None and owner.revlib.target_device is not None:
         raise SpecError("target_device is the pipeline's to say: leave it out")
+    if any((owner._forward_hooks, owner._forward_pre_hooks, owner._backward_hooks, owner._backward_pre_hooks)):
+        raise SpecError(
+            "the ReversibleSequential has hooks of its own, which nothing calls once it is cut into layers: register "
+            "them on its blocks, or remove them"
+        )
     if not owner.program.same_shape:
         raise SpecError("streams of several shapes (same_shape=False) cannot travel between stages as one tensor")
     total = len(owner.program.unrolled)

@@ -17,13 +17,13 @@ from revcore.signatures import check_signature, signature
 from revcore_torch.functional import check
 from revcore_torch.modules import ReversibleSequential
 from revcore_torch.steps import Arguments, Dtypes, Streams, narrowed
-from revcore_torch.tape import run
+from revcore_torch.tape import Tape, run
 
 if TYPE_CHECKING:
     from deepspeed.pipe import PipelineModule
 
-# A dtype travels beside streams that are held in a wider one as the length of an empty-handed tensor: lengths are known
-# without a look at the device.
+# The dtype that blocks see travels beside streams that are held in a wider one, as the length of a tensor: a value
+# would have to be fetched from the device.
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
@@ -129,11 +129,11 @@ class Run:
         )  # fmt: skip
         if dtypes is not None:
             arguments = Arguments(args, {}, None, dtypes)
-        streams, aux = run(program, blocks, streams, arguments, policy)
+        streams, aux = run(program, blocks, streams, arguments, policy, Tape if self.is_last else JoinedTape)
         if any(aux):
             raise SpecError(
-                "a block returned more than its f, and nothing in a pipeline takes what is auxiliary: return f alone "
-                "(a loss of its own can be added to a parameterless module's attribute and read after the step)"
+                "a block returned more than its coupling takes, and a pipeline has nobody to hand that to: return f "
+                "alone"
             )
         if self.is_last:
             return narrowed(owner.merge(tuple(streams[i] for i in whole.output)), arguments.dtypes)
@@ -157,16 +157,51 @@ class Run:
         return streams, dtypes, tuple(rest)
 
 
+class JoinedTape(Tape):
+    """A tape whose last streams lie one behind the other in memory, so that what it keeps is what is sent."""
+
+    def finish(self, first: Streams, last: Streams, aux: Any, arguments: Arguments, alone: bool = False) -> Any:
+        if self.kind == "reverse" and _is_one_form(last):
+            last = torch.stack(last).unbind()
+        return super().finish(first, last, aux, arguments, alone)
+
+
+class _Joined(torch.autograd.Function):
+    """``torch.stack`` of streams that lie one behind the other, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, *streams: Tensor) -> Tensor:
+        first = streams[0].detach()
+        return first.as_strided((len(streams), *first.shape), (first.numel(), *first.stride()), first.storage_offset())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.unbind()
+
+
+def _is_joined(streams: Streams) -> bool:
+    storage, start, size = streams[0].untyped_storage(), streams[0].storage_offset(), streams[0].numel()
+    return all(
+        s.is_contiguous()
+        and s.untyped_storage().data_ptr() == storage.data_ptr()
+        and s.storage_offset() == start + i * size
+        for i, s in enumerate(streams)
+    )
+
+
+def _is_one_form(streams: Streams) -> bool:
+    return all((s.shape, s.dtype) == (streams[0].shape, streams[0].dtype) for s in streams)
+
+
 def _packed(streams: Streams, dtypes: Dtypes | None, args: tuple[Tensor, ...]) -> Any:
-    forms = [(tuple(s.shape), s.dtype) for s in streams]
-    if any(form != forms[0] for form in forms):
+    if not _is_one_form(streams):
         raise SpecError(
-            f"streams of {', '.join(f'{dtype} {shape}' for shape, dtype in forms)} meet a boundary between "
+            f"streams of {', '.join(f'{s.dtype} {tuple(s.shape)}' for s in streams)} meet a boundary between "
             "stages, where they travel as one tensor, so must be of one shape and dtype: put the boundary elsewhere "
             "(partition_method)"
         )
     # DeepSpeed calls backward once for each tensor that travels, and each call would rebuild the whole stage
-    packed = torch.stack(streams)
+    packed: Any = _Joined.apply(*streams) if _is_joined(streams) else torch.stack(streams)
     if dtypes is not None:
         args = (torch.zeros(_DTYPES.index(dtypes[0]), dtype=torch.uint8, device=packed.device), *args)
     return (packed, *args) if args else packed

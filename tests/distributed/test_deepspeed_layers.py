@@ -34,6 +34,12 @@ def test_layers_of_a_sequential() -> None:
     assert layers[1].build().block is body[0]
 
 
+def hooked() -> ReversibleSequential:
+    body = additive().body
+    body.register_forward_hook(lambda *_: None)
+    return body
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no reversible network": (lambda: nn.Sequential(nn.Linear(1, 1)), "expected a ReversibleSequential"),
     "a forward of its own": (additive, "Network has a forward of its own, .* give its parts"),
@@ -48,6 +54,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "cannot travel",
     ),
+    "hooks on the whole": (hooked, "hooks of its own"),
     "an optimizer in the backward pass": (
         lambda: additive(fused_optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1)).body,
         "fused_optimizer steps in the backward pass",

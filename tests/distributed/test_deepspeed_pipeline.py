@@ -284,9 +284,9 @@ def held_bytes_do_not_grow_with_depth(rank: int, world: int) -> None:
     growing = [held(depth, StoreAll()) for depth in (4, 8)]
     if rank == 0:
         streams = 2 * 2 * 6 * WIDTH * 8
-        # tokens; the streams as they are kept, and packed, as DeepSpeed holds them until their gradient comes
         assert flat == [flat[0]] * 2, flat
-        assert 2 * streams <= flat[0] <= 2.2 * streams, (flat, streams)
+        # the tokens, and the streams at the stage's end, which DeepSpeed holds anyway until their gradient comes
+        assert streams <= flat[0] <= 1.2 * streams, (flat, streams)
         assert growing[1] > 1.5 * growing[0] > 3 * flat[0], growing
 
 
@@ -381,6 +381,16 @@ def refused_when_the_pipeline_is_made(rank: int, world: int) -> None:
     if rank == 0:
         with pytest.raises(SpecError, match="activation_checkpoint_interval is 2"):
             by_config.module(DATA[0][:, :-1])
+
+    class Telling(MLP):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), x.sum()
+
+    telling = start(layers_of(Network(ReversibleSequential(Telling(), Telling(), split_dim=-1)).double()))
+    if rank == 0:  # which has both of them
+        layer = next(m for m in telling.module.children() if hasattr(m, "run"))
+        with pytest.raises(SpecError, match="returned more than its coupling takes"):
+            layer(torch.ones(2, 2, 2 * WIDTH).double())
 
     layers = to_pipeline_layers(additive().body)
     with pytest.raises(SpecError, match="has not all 4 layers of a reversible network"):
