@@ -76,6 +76,22 @@ class Pair(nn.Module):
         return torch.tanh(self.scale(x)), self.shift(x)
 
 
+class Masked(MLP):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * mask[..., None]
+
+
+class Beside(nn.Module):
+    """An embedding that hands on what comes beside its tokens."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.embedding(given[0]), *given[1:]
+
+
 def blocks(depth: int = 4, p: float = 0.0) -> list[nn.Module]:
     torch.manual_seed(1)
     return [(MLP if i % 2 else Attention)(p=p) for i in range(depth)]

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from networks import MLP, VOCABULARY, WIDTH, assert_close, batches, train_alone, values_of
 from pipelines import (
     ENVIRONMENT,
+    Beside,
+    Masked,
     Network,
     additive,
     affine,
@@ -133,22 +135,6 @@ def dropout(rank: int, world: int) -> None:
     _, theirs = run(policy=StoreAll())
     assert_close(values, theirs)
     assert train(start(layers_of(additive())), DATA)[0] != losses[0]  # it drops something
-
-
-class Masked(MLP):
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x) * mask[..., None]
-
-
-class Beside(nn.Module):
-    """An embedding that hands on what comes beside its tokens."""
-
-    def __init__(self, embedding: nn.Module) -> None:
-        super().__init__()
-        self.embedding = embedding
-
-    def forward(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return self.embedding(given[0]), *given[1:]
 
 
 @CASES
