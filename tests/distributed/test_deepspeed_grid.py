@@ -1,0 +1,45 @@
+"""A reversible network in DeepSpeed's pipeline, two stages of two data-parallel ranks each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from networks import assert_close, batches, train_alone, values_of
+from pipelines import ENVIRONMENT, additive, check_calls, count_calls, here, init, layers_of, start, train
+from ranks import Cases, Outcomes
+
+pytest.importorskip("deepspeed")
+
+CASES = Cases(world=4, environment=ENVIRONMENT)
+DATA = batches(rows=8)  # two micro-batches for each pipeline
+
+
+@CASES
+def two_stages_of_two(rank: int, world: int) -> None:
+    alone, model = additive(), additive()
+    losses = train_alone(alone, DATA)
+    calls = count_calls(model.body)
+    engine = start(layers_of(model), dtype=torch.float32)  # DeepSpeed reduces no float64
+    assert (engine.num_stages, engine.grid.data_parallel_size) == (2, 2)
+    assert torch.allclose(torch.tensor(train(engine, DATA)), torch.tensor(losses))
+    values, stage = values_of(alone), here(engine, model)
+    assert_close(stage, {n: values[n] for n in stage}, 1e-6)
+    check_calls(calls, 2 * 2 * len(DATA))
+    owners: list[set[str]] = [set()] * world
+    dist.all_gather_object(owners, set(stage))
+    assert owners[0] == owners[1] != owners[2] == owners[3]
+    assert owners[0] | owners[2] == set(values)
+
+
+outcomes = CASES.fixture(__file__)
+pytestmark = CASES.mark(__file__)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_four_ranks(name: str, outcomes: Outcomes) -> None:
+    outcomes.check(name)
+
+
+if __name__ == "__main__":
+    CASES.run(init)
