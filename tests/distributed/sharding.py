@@ -1,4 +1,4 @@
-"""What the tests of FSDP2 and of tensor parallelism share: sharded networks, their whole values, what goes on in a step."""
+"""What the tests of FSDP2 and of tensor parallelism share: sharded networks, their whole values, a step's events."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def shard(model: Any, each: bool = True, root: dict[str, Any] | None = None, **s
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole of what ranks hold in parts; every rank must ask."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().clone()
 
 
 def wholes(model: nn.Module) -> dict[str, Tensor]:
@@ -73,21 +75,30 @@ def train(
 
 
 class _Collectives(TorchDispatchMode):
-    words: ClassVar = {"_allgather_base_": "gather", "_reduce_scatter_base_": "reduce"}
+    words: ClassVar = {
+        "c10d::_allgather_base_": "gather",
+        "c10d::_reduce_scatter_base_": "reduce",
+        "_c10d_functional::all_reduce": "sum",
+    }
 
     def __init__(self, log: list[str]) -> None:
         super().__init__()
         self.log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (word := self.words.get(func._schema.name.removeprefix("c10d::"))) is not None:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # first what it makes of the operation
+        if (word := self.words.get(func._schema.name)) is not None:
             self.log.append(word)
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def events(blocks: Sequence[nn.Module]) -> Iterator[list[str]]:
-    """Note what goes on: ``gather`` and ``reduce`` as they start, ``run i`` and ``again i`` as block ``i`` runs."""
+    """Note what goes on: ``run i`` and ``again i`` as block ``i`` runs, and the collectives as they start.
+
+    These are FSDP2's ``gather`` and ``reduce``, and ``sum``, the all-reduce of a tensor-parallel block.
+    """
     log: list[str] = []
 
     def hook(i: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ Change = Callable[[Any], None]
 
 def equals_one_process(
     name: str, change: Change = lambda _: None, each: bool = True, tied: bool = False, after: Change = lambda _: None,
-    clip: float | None = None, parts: int = 1, keep: bool = False, network: dict[str, Any] | None = None, **settings: Any,
+    clip: float | None = None, parts: int = 1, keep: bool = False, network: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> None:  # fmt: skip
     """Add a case: ``change`` is done to both networks, ``after`` to the sharded one."""
 
@@ -77,18 +79,21 @@ def adapt(net: Any) -> None:
 
 def prefetch(model: Any) -> None:
     blocks = list(model.blocks)
-    for block, later in zip(blocks, blocks[1:], strict=False):
+    for block, later in pairwise(blocks):
         block.set_modules_to_forward_prefetch([later])
         later.set_modules_to_backward_prefetch([block])
+
+
+def compile_blocks(model: Any) -> None:
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
 
 
 equals_one_process("one block used twice", one_block_twice)
 equals_one_process("parts frozen", freeze)
 equals_one_process("LoRA", adapt)
 equals_one_process("explicit prefetching", after=prefetch)
-equals_one_process(
-    "blocks compiled", after=lambda model: [block.compile(backend="aot_eager") for block in model.blocks][:0]
-)
+equals_one_process("blocks compiled", after=compile_blocks)
 
 
 def trained(rank: int, world: int, policy: Any, p: float = 0.0, **network: Any) -> dict[str, torch.Tensor]:
@@ -132,7 +137,7 @@ def an_anchor_among_the_steps(rank: int, world: int) -> None:
             return self.mlp(x1), x0.tanh()
 
     def make(policy: Any) -> Any:
-        net = Transformer(policy=policy)
+        net: Any = Transformer(policy=policy)
         steps = [revcore.Couple(0, 1), revcore.Couple(1, 0), revcore.Anchor(), revcore.Couple(0, 1)]
         blocks = [*net.blocks[:2], Turn(), net.blocks[3]]
         net.blocks = ReversibleSequential(*blocks, split_dim=-1, program=revcore.Program(steps), policy=policy)
