@@ -46,7 +46,6 @@ def equals_one_process(
 
 equals_one_process("each block")
 equals_one_process("each block, not resharded after the forward pass", reshard_after_forward=False)
-equals_one_process("each block, resharded to one rank", reshard_after_forward=1)
 equals_one_process("the root alone", each=False)
 equals_one_process("the root alone, resharded after the forward pass", each=False, reshard_after_forward=True)
 equals_one_process("parameters offloaded to the CPU", offload_policy=CPUOffloadPolicy(pin_memory=False))
