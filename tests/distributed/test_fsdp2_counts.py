@@ -84,7 +84,7 @@ def collectives_under_checkpointing(rank: int, world: int) -> None:
     ours, by_policy = (step(shard(Transformer(policy=policy)), rank, world) for policy in (Reverse(), Checkpoint()))
     for words in (("gather", "turn"), ("reduce", "turn")):
         assert only(theirs, *words) == only(ours, *words) == only(by_policy, *words)
-    assert len(only(theirs, "run")) > DEPTH  # it did run them again
+    assert len(only(theirs, "run")) == 2 * DEPTH
 
 
 @CASES
@@ -198,9 +198,11 @@ def bfloat16(rank: int, world: int) -> None:
         )
         assert seen == came, name
         bound = 2 if name == "all" else 1.05  # of store-all's own error
+        if rank == 0:  # for docs/distributed.md
+            print(f"{name}: store-all {stored:.2e}, reversible {ours[name]:.2e}", flush=True)
         assert stored > 1e-5
         assert ours[name] <= bound * stored, (name, ours[name], stored)
-    assert ours["blocks alone"] < ours["all, float32 streams"] < ours["all"]
+    assert ours["blocks alone"] < 0.7 * ours["all"]
 
 
 @CASES
