@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from revcore.errors import InversionError
 from revcore_torch import outside
+from revcore_torch.sharded import is_sharded
 
 _thread = threading.local()
 _NOTHING = contextlib.nullcontext()
@@ -381,7 +382,8 @@ def _without_graph(buffer: Tensor | None) -> Tensor | None:
 class Parameters:
     """The modules and parameters that a block ran with: which objects, and which version (``p.data = …`` changes none).
 
-    A sharded parameter counts as nobody: it and the gathered one are different objects that hold the same numbers.
+    A sharded parameter (a ``DTensor``) is compared with itself alone: the gathered one, and a part that other ranks
+    share, are different objects that hold the same numbers. So do those that ZeRO-3 gathers, by ``p.data = …``.
     """
 
     __slots__ = ("_modules", "_places")
@@ -405,9 +407,11 @@ class Parameters:
         toggled = []
         for place, name, then in self._places:
             now = _identity(place.get(name))
-            if now == then or _NOBODY in (now[0], then[0]):
+            if now == then:
                 continue
             if now[0] != then[0]:
+                if now[3] or then[3]:
+                    continue
                 cause = (
                     f"its parameters are other objects than in the forward pass ({name}). Under "
                     "torch.func.functional_call, take the gradient inside it (torch.func.grad), or call backward "
@@ -437,18 +441,18 @@ def toggled(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(not parameter.requires_grad)
 
 
-_NOBODY = 0
 _UNBORN = -1  # the version of a lazy module's parameter before the first run, which makes it
 
 
-def _identity(parameter: Tensor | None) -> tuple[int, int, bool]:
-    """Return who a parameter is, its version, and whether it trains."""
+def _identity(parameter: Tensor | None) -> tuple[int, int, bool, bool]:
+    """Return who a parameter is, its version, whether it trains, and whether it is sharded."""
     if type(parameter) is not nn.Parameter:
-        if parameter is None or hasattr(parameter, "device_mesh"):
-            return (id(None) if parameter is None else _NOBODY), 0, False
+        if parameter is None:
+            return id(None), 0, False, False
         if is_lazy(parameter):
-            return id(parameter), _UNBORN, parameter.requires_grad
-    return id(parameter), parameter._version, parameter.requires_grad
+            return id(parameter), _UNBORN, parameter.requires_grad, False
+        return id(parameter), parameter._version, parameter.requires_grad, is_sharded(parameter)
+    return id(parameter), parameter._version, parameter.requires_grad, False
 
 
 # --- what a block's graph saves ---------------------------------------------------------------------------------------

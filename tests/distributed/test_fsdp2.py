@@ -1,0 +1,197 @@
+"""FSDP2 (``fully_shard``) around a reversible network: no special code, and the run of one process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from networks import MLP, Transformer, adamw, assert_close, batches, distance, train_alone, values_of
+from ranks import Cases, Outcomes
+from sharding import VIEW, line, shard, train, wholes
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+import revcore
+from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
+
+CASES = Cases(world=2)
+
+Change = Callable[[Any], None]
+
+
+def equals_one_process(
+    name: str, change: Change = lambda _: None, each: bool = True, tied: bool = False, after: Change = lambda _: None,
+    clip: float | None = None, parts: int = 1, keep: bool = False, network: dict[str, Any] | None = None,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Add a case: ``change`` is done to both networks, ``after`` to the sharded one."""
+
+    def case(rank: int, world: int) -> None:
+        alone, model = Transformer(reversible=False, tied=tied), Transformer(tied=tied, **(network or {}))
+        for net in (alone, model):
+            change(net.double())
+        losses = train(alone, batches(), clip=clip)
+        shard(model, each, **settings)
+        after(model)
+        train(model, batches(), rank, world, clip=clip, parts=parts, keep=keep)
+        assert losses[0] != losses[-1]
+        assert_close(wholes(model), values_of(alone))
+
+    CASES.add(name, case)
+
+
+equals_one_process("each block")
+equals_one_process("each block, not resharded after the forward pass", reshard_after_forward=False)
+equals_one_process("the root alone", each=False)
+equals_one_process("the root alone, resharded after the forward pass", each=False, reshard_after_forward=True)
+equals_one_process("parameters offloaded to the CPU", offload_policy=CPUOffloadPolicy(pin_memory=False))
+equals_one_process("the head is the embedding", tied=True)
+equals_one_process("two passes a step", parts=2)
+equals_one_process("two passes a step, not resharded between them", parts=2, keep=True, reshard_after_forward=False)
+equals_one_process("gradients clipped", clip=0.1)
+equals_one_process("checkpointed", network={"policy": Checkpoint()})
+equals_one_process("the last two blocks stored", network={"policy": Reverse(keep_last=2)})
+equals_one_process("anchored at every second step", network={"policy": Reverse(anchor_every=2)})
+
+
+def one_block_twice(net: Any) -> None:
+    net.blocks[3] = net.blocks[1]
+
+
+def freeze(net: Any) -> None:
+    net.embedding.requires_grad_(False)
+    net.blocks[2].requires_grad_(False)
+    net.blocks[1].up.requires_grad_(False)
+
+
+def adapt(net: Any) -> None:
+    import peft
+
+    torch.manual_seed(3)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["qkv", "up"], init_lora_weights=False), net)
+    net.double()
+
+
+def prefetch(model: Any) -> None:
+    blocks = list(model.blocks)
+    for block, later in pairwise(blocks):
+        block.set_modules_to_forward_prefetch([later])
+        later.set_modules_to_backward_prefetch([block])
+
+
+def compile_blocks(model: Any) -> None:
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+
+
+equals_one_process("one block used twice", one_block_twice)
+equals_one_process("parts frozen", freeze)
+equals_one_process("LoRA", adapt)
+equals_one_process("explicit prefetching", after=prefetch)
+equals_one_process("blocks compiled", after=compile_blocks)
+
+
+def trained(rank: int, world: int, policy: Any, p: float = 0.0, **network: Any) -> dict[str, torch.Tensor]:
+    model = shard(Transformer(p=p, policy=policy, **network).double())
+    torch.manual_seed(rank)
+    train(model, batches(), rank, world)
+    return wholes(model)
+
+
+@CASES
+def dropout(rank: int, world: int) -> None:
+    ours, again, stored = (trained(rank, world, policy, p=0.5) for policy in (Reverse(), Reverse(), StoreAll()))
+    assert all(torch.equal(value, again[name]) for name, value in ours.items())
+    assert_close(ours, stored)
+    assert distance(ours, trained(rank, world, Reverse())) > 1e-3  # it dropped something
+
+
+@CASES
+def momentum(rank: int, world: int) -> None:
+    settings: dict[str, Any] = {"coupling": revcore.Momentum(0.9)}
+    alone = Transformer(policy=StoreAll(), **settings).double()
+    train_alone(alone, batches())
+    assert_close(trained(rank, world, Reverse(), **settings), values_of(alone))
+
+
+@CASES
+def exact(rank: int, world: int) -> None:
+    settings: dict[str, Any] = {"program": revcore.revnet(4).exact()}
+    ours, stored = (trained(rank, world, policy, **settings) for policy in (Reverse(), StoreAll()))
+    assert all(torch.equal(value, stored[name]) for name, value in ours.items())
+
+
+@CASES
+def an_anchor_among_the_steps(rank: int, world: int) -> None:
+    class Turn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = MLP()
+
+        def forward(self, x0: torch.Tensor, x1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.mlp(x1), x0.tanh()
+
+    def make(policy: Any) -> Any:
+        net: Any = Transformer(policy=policy)
+        steps = [revcore.Couple(0, 1), revcore.Couple(1, 0), revcore.Anchor(), revcore.Couple(0, 1)]
+        blocks = [*net.blocks[:2], Turn(), net.blocks[3]]
+        net.blocks = ReversibleSequential(*blocks, split_dim=-1, program=revcore.Program(steps), policy=policy)
+        return net.double()
+
+    alone, model = make(StoreAll()), shard(make(Reverse()))
+    train_alone(alone, batches())
+    train(model, batches(), rank, world)
+    assert_close(wholes(model), values_of(alone))
+
+
+@CASES
+def hugging_face(rank: int, world: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    from revcore_torch.hf import make_reversible
+
+    config = transformers.LlamaConfig(
+        num_hidden_layers=3, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24,
+        vocab_size=16, max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+    def train(model: Any, rank: int, world: int) -> None:
+        optimizer = adamw(model.parameters())
+        for batch in batches():
+            rows = batch.chunk(world)[rank]
+            optimizer.zero_grad()
+            model(input_ids=rows, labels=rows).loss.backward()
+            optimizer.step()
+
+    models: list[Any] = []
+    for policy in (StoreAll(), Reverse()):
+        torch.manual_seed(1)
+        model = transformers.LlamaForCausalLM(config).double()
+        models.append(make_reversible(model, "momentum", beta=0.5, policy=policy))
+    alone, model = models
+    train(alone, 0, 1)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=line())
+    train(fully_shard(model, mesh=line()), rank, world)
+    assert_close(wholes(model), values_of(alone), 1e-11)
+
+
+outcomes = CASES.fixture(__file__)
+pytestmark = CASES.mark(__file__)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
+    if name == "LoRA":
+        pytest.importorskip("peft")
+    outcomes.check(name)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", VIEW)
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo looks there
+    warnings.filterwarnings("ignore", "this program of .* steps, run back in")
+    CASES.run()

@@ -1,0 +1,207 @@
+"""Blocks that a tensor-parallel plan parts among ranks (``DTensor``), alone and under FSDP2: the run of one process."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import HEADS, MLP, WIDTH, Plain, Transformer, assert_close, batches, distance, loss_of, values_of
+from ranks import Cases, Outcomes
+from sharding import VIEW, events, gradients, shard, train, whole, wholes
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from revcore.errors import InversionError
+from revcore_torch import Checkpoint, Reverse, ReversibleSequential
+
+CASES = Cases(world=4)
+DEPTH = 4
+
+
+def mesh() -> Any:
+    """Two replicas of two ranks that part each block between them."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+
+class Attention(nn.Module):
+    """Causal self-attention whose heads may be parted: one layer each for queries, keys and values."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.drop = nn.Dropout(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        q, k, v = (layer(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.drop(self.out(y.transpose(1, 2).flatten(2)))
+
+
+def network(p: float = 0.0, **settings: Any) -> Any:
+    net = Transformer(DEPTH, p=p, **settings)
+    torch.manual_seed(1)
+    for i in range(0, DEPTH, 2):
+        net.blocks[i] = Attention(p)
+    return net.double()
+
+
+def parallel(net: Any, over: Any, sequence: bool = False) -> Any:
+    """Part each block among the ranks of ``over``; with ``sequence``, the streams between the blocks as well."""
+    into: dict[str, Any] = {"input_layouts": Shard(1)} if sequence else {}
+    out: dict[str, Any] = {"output_layouts": Shard(1)} if sequence else {}
+    for block in net.blocks:
+        plan: dict[str, Any] = {name: ColwiseParallel(**into) for name in ("up", "q", "k", "v") if hasattr(block, name)}
+        plan["down" if hasattr(block, "down") else "out"] = RowwiseParallel(**out)
+        if sequence:
+            plan["norm"] = SequenceParallel()
+        parallelize_module(block, over, plan)
+    if sequence:
+        plan = {
+            "embedding": RowwiseParallel(input_layouts=Replicate(), **out),
+            "norm": SequenceParallel(),
+            "head": ColwiseParallel(output_layouts=Replicate(), **into),
+        }
+        parallelize_module(net, over, plan)
+    return net
+
+
+def parted(net: nn.Module) -> int:
+    """Return how many parameters a rank holds a part of."""
+    placements = [p.placements for p in net.parameters() if isinstance(p, DTensor)]
+    return sum(any(isinstance(where, Shard) for where in by_dimension) for by_dimension in placements)
+
+
+def equals_one_process(name: str, sequence: bool = False, **settings: Any) -> None:
+    def case(rank: int, world: int) -> None:
+        alone, model = network(reversible=False), parallel(network(**settings), mesh()["tensor"], sequence)
+        assert parted(model) >= 3 * DEPTH
+        losses = train(alone, batches())
+        train(model, batches())
+        assert losses[0] != losses[-1]
+        assert_close(wholes(model), values_of(alone))
+
+    CASES.add(name, case)
+
+
+equals_one_process("columns, then rows")
+equals_one_process("the same, checkpointed", policy=Checkpoint())
+equals_one_process("streams parted along the sequence", sequence=True)
+
+
+@CASES
+def with_fsdp2(rank: int, world: int) -> None:
+    both = mesh()
+    alone, model = network(reversible=False), parallel(network(), both["tensor"])
+    shard(model, mesh=both["data"])
+    train(alone, batches())
+    train(model, batches(), rank // 2, 2)
+    assert_close(wholes(model), values_of(alone))
+
+
+@CASES
+def replicas_that_are_sharded(rank: int, world: int) -> None:
+    alone, model = network(reversible=False), shard(network(), mesh=mesh())
+    train(alone, batches())
+    train(model, batches(), rank, world)
+    assert_close(wholes(model), values_of(alone))
+
+
+@CASES
+def resharded_to_two_of_four(rank: int, world: int) -> None:
+    alone, model = network(reversible=False), shard(network(), reshard_after_forward=2)
+    train(alone, batches())
+    train(model, batches(), rank, world)
+    assert_close(wholes(model), values_of(alone))
+
+
+@CASES
+def dropout(rank: int, world: int) -> None:
+    def trained(**settings: Any) -> dict[str, Tensor]:
+        model = parallel(network(p=0.5, **settings), mesh()["tensor"])
+        torch.manual_seed(2)
+        train(model, batches())
+        return wholes(model)
+
+    ours, again, plain = trained(), trained(), trained(reversible=False)
+    assert all(torch.equal(value, again[name]) for name, value in ours.items())
+    assert_close(ours, plain)
+    alone = network(reversible=False)
+    train(alone, batches())
+    assert distance(ours, values_of(alone)) > 1e-3  # it dropped something
+
+
+@CASES
+def collectives(rank: int, world: int) -> None:
+    found = []
+    for settings in ({"reversible": False}, {}):
+        model = parallel(network(**settings), mesh()["tensor"])
+        with events(list(model.blocks)) as log:
+            loss = loss_of(model, batches()[0])
+            forward = log.count("sum")
+            loss.backward()
+        found.append((forward, log.count("sum")))
+    (plain_forward, plain), (forward, ours) = found
+    assert forward == plain_forward == DEPTH  # of the rows' sums
+    assert ours == plain + DEPTH  # they are summed again as the blocks run again
+
+
+@CASES
+def weights_changed_before_the_backward_pass(rank: int, world: int) -> None:
+    for foreach in (False, True):
+        model = parallel(network(), mesh()["tensor"])
+        parameters = [p for p in model.parameters() if isinstance(p, DTensor)]
+        optimizer = torch.optim.SGD(parameters, lr=0.1, foreach=foreach)
+        loss_of(model, batches()[0]).backward()
+        loss = loss_of(model, batches()[0])
+        optimizer.step()
+        with pytest.raises(InversionError, match=r"parameters were changed in place after the forward pass"):
+            loss.backward()
+
+
+@CASES
+def streams_that_are_parted_themselves(rank: int, world: int) -> None:
+    over = mesh()["tensor"]
+
+    def run(kind: Any, place: Any, turned: bool, **settings: Any) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        body = kind(*[MLP() for _ in range(DEPTH)], **settings).double()
+        distribute_module(body, over)
+        x = torch.randn(4, 6, 2 * WIDTH, dtype=torch.float64)
+        x = distribute_tensor(x, over, [place]).requires_grad_()
+        y = body(x.transpose(0, 1) if turned else x)
+        assert isinstance(y, DTensor)
+        y.square().sum().backward()
+        assert x.grad is not None
+        return {"x": whole(x.grad), **gradients(body)}
+
+    for place, turned in ((Replicate(), False), (Shard(0), True), (Shard(1), True), (Shard(2), False)):
+        plain = run(Plain, place, turned)
+        for policy in (Reverse(), Checkpoint()):
+            assert_close(run(ReversibleSequential, place, turned, split_dim=-1, policy=policy), plain)
+
+
+outcomes = CASES.fixture(__file__)
+pytestmark = CASES.mark(__file__)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_four_ranks(name: str, outcomes: Outcomes) -> None:
+    outcomes.check(name)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", VIEW)
+    warnings.filterwarnings("ignore", "this program of .* steps, run back in")
+    CASES.run()
