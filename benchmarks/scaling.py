@@ -1,4 +1,4 @@
-"""Memory and traffic of each device, 1 to 1,024 of them, for one model of some 70 billion parameters and a long context.
+"""Memory and traffic of each device, 1 to 1,024 of them, for a model of some 70 billion parameters and a long context.
 
     python -m benchmarks.scaling            half a minute of one core
     python -m benchmarks.scaling --write    adds a dated table to benchmarks/results, and draws docs/scaling.png
@@ -229,7 +229,7 @@ def gradients_sent(parameters: float, engine: Engine, n: int) -> float:
 
 
 AGAIN: Mapping[Way, int] = {"store-all": 0, "checkpointing": 1, "reversible": 2}
-"""A layer's sums over tensor-parallel devices that a second forward pass makes again: a checkpoint stops before the last."""
+"""A layer's sums over tensor-parallel devices that are made again; a checkpoint stops before the last."""
 
 
 def sent(shape: Shape, engine: Engine, way: Way, devices: int) -> float:
@@ -247,8 +247,8 @@ def sent(shape: Shape, engine: Engine, way: Way, devices: int) -> float:
 
 
 def measure(shape: Shape) -> dict[Way, dict[int, Activations]]:
-    cuts = (1, 2, 4, 8)
-    return {way: {tensor: Activations.of(shape, way, tensor) for tensor in cuts if tensor <= TENSOR} for way in WAYS}
+    cuts = [n for n in DEVICES if n <= TENSOR]
+    return {way: {tensor: Activations.of(shape, way, tensor) for tensor in cuts} for way in WAYS}
 
 
 def report(shape: Shape, found: Mapping[Way, Mapping[int, Activations]]) -> str:
@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = measure(shape)
     about = (
         f"python -m benchmarks.scaling --write\n\n{datetime.date.today()}, {machine('torch')}. {shape}: "
-        f"{shape.parameters / 1e9:.1f} billion parameters. Counted on fake tensors in bfloat16; the rest is arithmetic. "
+        f"{shape.parameters / 1e9:.1f} billion parameters. Counted on fake tensors in bfloat16; else arithmetic. "
         "GB are 10⁹ bytes; sent: by one device in one step of one micro-batch."
     )
     text = f"{about}\n\n{report(shape, found)}\n"

@@ -1,4 +1,4 @@
-"""Reversible networks in JAX over two processes: gloo between them, two fake devices in each, and a process that is killed.
+"""Reversible networks in JAX over two processes, each of two fake devices, gloo between them; one of them is killed.
 
 One device and the network written out by hand, which keeps everything, is what all is held against.
 """
@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={LOCAL}",
 }
-CASES = Cases(WORLD, limit=300, environment=ENVIRONMENT)
+CASES = Cases(WORLD, limit=580, environment=ENVIRONMENT)
 LAST, EVERY, FATAL = 9, 3, 7  # of the run that is killed: its steps, those from checkpoint to checkpoint, and the last
 
 
@@ -77,7 +77,7 @@ def start(folder: Path, name: str, *options: str) -> Ranks:
 
 def losses(folder: Path) -> dict[int, str]:
     """Return what process 0 wrote down: the losses by step, bit for bit."""
-    return {step: loss for step, loss in map(json.loads, (folder / "run/losses.jsonl").read_text().splitlines())}
+    return dict(map(json.loads, (folder / "run/losses.jsonl").read_text().splitlines()))
 
 
 @pytest.mark.slow
