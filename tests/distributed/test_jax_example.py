@@ -63,5 +63,5 @@ def test_options_that_contradict_each_other_are_told(options: list[str], told: s
 def test_an_axis_that_does_not_divide_a_parameter_is_told() -> None:
     mesh: Any = SimpleNamespace(shape={"data": 1, "tensor": 6})
     path = [jax.tree_util.DictKey(name) for name in ("layers_0", "query", "kernel")]
-    with pytest.raises(SpecError, match="which does not divide the 4 of .*query/kernel.*: write --tensor 2"):
+    with pytest.raises(SpecError, match=r"which does not divide the 4 of .*query/kernel.*: write --tensor 2"):
         jax_sharding.place(mesh, path, np.zeros((3, 64, 4, 16)))

@@ -90,13 +90,17 @@ def compiled(policy: Policy, depth: int, layout: Layout) -> Any:
 
 @CASES
 def memory_of_a_device_is_flat_in_depth(rank: int, world: int) -> None:
-    """What a step takes on each device beyond its arguments and results, as XLA plans it."""
+    """What a step takes on each device beyond arguments and results, as XLA plans it; and it gathers no more."""
     few, many, stored = (
-        compiled(policy, depth, Layout(2, 4, BOTH)).memory_analysis().temp_size_in_bytes
+        compiled(policy, depth, Layout(2, 4, BOTH))
         for policy, depth in ((Reverse(), 2), (Reverse(), 6), (StoreAll(), 6))
     )
-    assert many <= few
-    assert stored > 10 * many  # so what is stored is seen
+    sizes = [each.memory_analysis().temp_size_in_bytes for each in (few, many, stored)]
+    assert sizes[1] <= sizes[0]
+    assert sizes[2] > 10 * sizes[1]  # so what is stored is seen
+    gathers = [len(re.findall(r" all-gather(?:-start)?\(", each.as_text())) for each in (few, many, stored)]
+    assert gathers == [gathers[2]] * 3
+    assert gathers[2] > 0
 
 
 @CASES
