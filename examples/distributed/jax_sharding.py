@@ -24,7 +24,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from examples.command_line import POLICIES, main, say
+from examples.command_line import POLICIES, PolicyName, main, say
 from revcore import Policy, SpecError
 
 # The axes of the mesh that the last axes of a parameter are cut along; one before them is that of the layers.
@@ -96,13 +96,15 @@ class Sharded:
     @property
     def temporary_bytes(self) -> int:
         """What a step takes on one device beyond its arguments and results: activations, above all."""
-        return self.step.memory_analysis().temp_size_in_bytes
+        memory = self.step.memory_analysis()
+        assert memory is not None  # as on some platforms
+        return memory.temp_size_in_bytes
 
     @property
     def collectives(self) -> str:
         """The collectives of the compiled step as they are written; those of a loop over layers once."""
         kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-        found = re.findall(rf"= [^=\n]*? ({kinds})(?:-start)?\(", self.step.as_text())
+        found = re.findall(rf"= [^=\n]*? ({kinds})(?:-start)?\(", self.step.as_text() or "")
         return ", ".join(f"{n} {kind}" for kind, n in sorted(collections.Counter(found).items())) or "none"
 
 
@@ -124,7 +126,8 @@ def compare(mesh: Mesh, depth: int, steps: int, say_so: Any) -> list[Row]:
     task = make_task("text", 0)
     alone = Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), mesh.axis_names)
     rows = []
-    for where, name in ((alone, "store-all"), *((mesh, policy) for policy in POLICIES)):
+    ways: list[tuple[Mesh, PolicyName]] = [(alone, "store-all"), *((mesh, policy) for policy in POLICIES)]
+    for where, name in ways:
         label = f"{name}, one device" if where is alone else name
         say_so(f"{label}: compiling and training …")
         run = Sharded(where, task, depth, steps, POLICIES[name])
@@ -145,7 +148,7 @@ def table(rows: list[Row]) -> Table:
 
 def start(devices: int | None, coordinator: str | None, processes: int, process: int) -> None:
     """Start JAX: with this process's part of a run over several, and with fake devices where none are real."""
-    if jax.config.jax_platforms in (None, "", "cpu"):  # must be said before JAX first looks for devices
+    if jax.config.read("jax_platforms") in (None, "", "cpu"):  # must be said before JAX first looks for devices
         if devices is not None:
             jax.config.update("jax_num_cpu_devices", devices)
         if coordinator is not None:
