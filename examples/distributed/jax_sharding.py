@@ -148,12 +148,11 @@ def table(rows: list[Row]) -> Table:
 
 def start(devices: int | None, coordinator: str | None, processes: int, process: int) -> None:
     """Start JAX: with this process's part of a run over several, and with fake devices where none are real."""
-    if jax.config.read("jax_platforms") in (None, "", "cpu"):  # must be said before JAX first looks for devices
-        if devices is not None:
-            jax.config.update("jax_num_cpu_devices", devices)
-        if coordinator is not None:
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # These are for the CPU alone, and must be said before JAX first looks for devices.
+    if devices is not None:
+        jax.config.update("jax_num_cpu_devices", devices)
     if coordinator is not None:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(coordinator, processes, process)
 
 
