@@ -172,7 +172,9 @@ class Cases(dict[str, Case]):
         problems: dict[str, list[str]] = {}
         for rank in range(self.world):
             path = folder / f"{rank}.jsonl"
-            for line in path.read_text().splitlines() if path.exists() else ():
+            for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
+                if not line.endswith("\n"):  # it is being written
+                    continue
                 name, problem = json.loads(line)
                 problems.setdefault(name, []).append(problem)
         return problems
@@ -184,16 +186,49 @@ class Cases(dict[str, Case]):
         from torch.distributed.distributed_c10d import _get_default_store
 
         torch.set_num_threads(1)
-        folder = Path(os.environ.get("REVCORE_OUTCOMES") or tempfile.mkdtemp())
-        wanted = json.loads(os.environ.get("REVCORE_CASES") or json.dumps(list(self)))
         if init is None:
             dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
         else:
             init()
         rank, world = dist.get_rank(), dist.get_world_size()
         store = _get_default_store()
-        for name in wanted:
-            torch.manual_seed(0)
+
+        def agree(name: str, problem: str) -> bool:
+            store.set(f"outcome of {name} {rank}", "failed" if problem else "passed")
+            return len({store.get(f"outcome of {name} {other}") for other in range(world)}) == 1
+
+        self.run_each(rank, world, agree, before=lambda: torch.manual_seed(0))
+        dist.destroy_process_group()
+
+    def agree_by_files(self, world: int) -> Callable[[str, str], bool]:
+        """Return an ``agree`` for :meth:`run_each` that needs nothing but the folder in which outcomes are kept."""
+        folder = Path(os.environ.get("REVCORE_OUTCOMES") or tempfile.mkdtemp())
+
+        def agree(name: str, problem: str) -> bool:
+            end = time.monotonic() + (10 if problem else PATIENCE)  # others may wait for the one that failed
+            while time.monotonic() < end:
+                problems = self._read(folder).get(name, [])
+                if len(problems) == world:
+                    return len({bool(each) for each in problems}) == 1
+                time.sleep(0.02)
+            return False
+
+        return agree if world > 1 else lambda name, problem: True
+
+    def run_each(
+        self,
+        rank: int,
+        world: int,
+        agree: Callable[[str, str], bool] = lambda name, problem: True,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Run the cases on this rank, whatever it is that ties the ranks together.
+
+        ``agree`` gets a case's name and what went wrong here, and tells whether it ended alike on all ranks.
+        """
+        folder = Path(os.environ.get("REVCORE_OUTCOMES") or tempfile.mkdtemp())
+        for name in json.loads(os.environ.get("REVCORE_CASES") or json.dumps(list(self))):
+            before()
             try:
                 self[name](rank, world)
                 problem = ""
@@ -202,9 +237,6 @@ class Cases(dict[str, Case]):
                 print(problem, flush=True)
             with (folder / f"{rank}.jsonl").open("a") as out:
                 out.write(json.dumps([name, problem]) + "\n")
-            store.set(f"outcome of {name} {rank}", "failed" if problem else "passed")
-            ends = {store.get(f"outcome of {name} {other}") for other in range(world)}
-            if len(ends) > 1:  # the ranks have lost each other
+            if not agree(name, problem):  # the ranks have lost each other
                 time.sleep(1)  # the first of them holds the store that the others read
                 os._exit(1)
-        dist.destroy_process_group()
