@@ -58,7 +58,9 @@ def train(
             loss = loss_of(model, row)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                assert accelerator.clip_grad_norm_(model.parameters(), CLIP) > 2 * CLIP
+                norm = accelerator.clip_grad_norm_(model.parameters(), CLIP)
+                assert norm is not None
+                assert norm > 2 * CLIP
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
