@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/jax.md", "docs/migration.md", "docs/numerics.md")  # each block is complete, to be copied
 # Read from the top: a block has the names of those above.
-GUIDES = ("docs/guide-pytorch.md", "docs/guide-coupling.md", "docs/huggingface.md")
+GUIDES = ("docs/guide-pytorch.md", "docs/guide-coupling.md", "docs/huggingface.md", "docs/trainers.md")
 
 
 def blocks_of(page: str) -> list[str]:
@@ -27,6 +27,8 @@ def test_example_runs(page: str, code: str) -> None:
     exec(compile(code, page, "exec"), {"__name__": "page"})
 
 
+# Lightning's own, with PyTorch 2.13 and on few cores
+@pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:The '.*' does not have many workers")
 @pytest.mark.parametrize("page", GUIDES)
 def test_guide_runs(page: str) -> None:
     names = {"__name__": "page"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from revcore.errors import SpecError
 
@@ -20,15 +21,17 @@ class FusedOptimizer:
 
     It steps in every backward pass. After a step the weights are not those of the forward pass, so a second backward
     pass over one graph (``retain_graph``) is refused, as any change of weights is. Gradients are those that autograd
-    adds up: what is done to them later (clipping by the norm of all, a ``GradScaler``, the average of
-    ``DistributedDataParallel``) comes too late, so do not combine it with these.
+    adds up: what is done to them later (clipping by the norm of all, a ``GradScaler``, adding up several passes) comes
+    too late, so do not combine it with these. Within ``DistributedDataParallel``, whose average would come too late, a
+    forward pass is refused.
 
     Args:
         make: makes an optimizer of a list of parameters, such as ``functools.partial(torch.optim.SGD, lr=0.1)``.
         blocks: whose parameters.
 
     Raises:
-        SpecError: ``make`` returns no optimizer; in :meth:`attach`, blocks with other parameters than these had.
+        SpecError: ``make`` returns no optimizer; in :meth:`attach`, blocks with other parameters than these had, and a
+            forward pass of ``DistributedDataParallel``.
 
     >>> block = nn.Linear(2, 2)
     >>> fused = FusedOptimizer(lambda parameters: torch.optim.SGD(parameters, lr=1.0), [block])
@@ -55,6 +58,13 @@ class FusedOptimizer:
 
     def attach(self, blocks: Sequence[nn.Module]) -> None:
         """See to it that gradients of ``blocks`` are waited for; called before each forward pass."""
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            raise SpecError(
+                "a model with fused_optimizer came inside DistributedDataParallel (which Accelerate, Trainer and "
+                "Lightning use for several processes): its optimizers would step before the ranks' gradients are "
+                "averaged, and the ranks' weights would drift apart: leave fused_optimizer out, and give the trainer "
+                "an optimizer"
+            )
         known = {id(p) for group in self._groups for p in group.parameters}
         if {id(p) for block in blocks for p in block.parameters()} != known:
             raise SpecError(

@@ -69,6 +69,15 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
+def shared_folder(rank: int) -> Path:
+    """Return one new folder on all ranks; it goes with the folder of the run's outcomes, where there is one."""
+    import torch.distributed as dist
+
+    name: list[str] = [tempfile.mkdtemp(dir=os.environ.get("REVCORE_OUTCOMES")) if rank == 0 else ""]
+    dist.broadcast_object_list(name)
+    return Path(name[0])
+
+
 class Ranks:
     """Processes that were started together; whatever becomes of the test, none of them outlives it.
 

@@ -1,0 +1,237 @@
+"""Hugging Face's ``Trainer`` on two processes, against plain PyTorch in one: a network of our own, and a converted
+GPT-2; its own checkpoints, and a rank that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from held import Held
+from networks import Transformer, adamw, assert_close, batches, loss_of, train_alone, values_of
+from ranks import Cases, Outcomes, Ranks, shared_folder
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from revcore_torch import StoreAll
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import transformers
+from safetensors.torch import load_file
+
+from revcore_torch.hf import make_reversible, stacks
+from tests.hf.hf_models import by_hand, make
+
+CASES = Cases(world=2)
+CLIP = 0.02  # below every gradient's norm, and near AdamW's eps: it changes what a step does
+
+warnings.filterwarnings("ignore", ".*pin_memory")  # PyTorch's loader, on a machine without an accelerator
+warnings.filterwarnings("ignore", ".*no accelerator is found")
+
+
+def clipped(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    kept = [*parameters]
+    optimizer = adamw(kept)
+
+    def clip(*_: Any) -> None:
+        assert clip_grad_norm_(kept, CLIP) > 2 * CLIP
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+class Task(nn.Module):
+    """A transformer that returns its loss; ``losses`` are those of this rank's rows, in training."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.model = Transformer(**settings)
+        self.losses: list[float] = []
+
+    def forward(self, tokens: Tensor, return_loss: bool = True) -> dict[str, Tensor]:
+        loss = loss_of(self.model, tokens)
+        if self.training:
+            self.losses.append(loss.item())
+        return {"loss": loss}
+
+
+class InOrder(transformers.Trainer):
+    """Rows come in their order."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+class Dies(transformers.TrainerCallback):
+    """Rank 1 is gone when it has the gradients of step 7."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.process_index == 1 and state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def as_tokens(rows: Tensor) -> dict[str, Tensor]:
+    return {"tokens": rows}
+
+
+def as_inputs(rows: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": rows, "labels": rows}
+
+
+def train(
+    model: Any,
+    folder: Path,
+    steps: int = 5,
+    resume: bool | str = False,
+    callbacks: Sequence[Any] = (),
+    collate: Any = as_tokens,
+    **settings: Any,
+) -> transformers.Trainer:
+    """Train for steps of two batches of one row a rank."""
+    settings = {"save_strategy": "no", "disable_tqdm": True, "report_to": [], **settings}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=2,
+        max_grad_norm=CLIP, lr_scheduler_type="constant", use_cpu=True, **settings,
+    )  # fmt: skip
+    rows = torch.cat(batches(steps=max(steps, 5)))
+    trainer = InOrder(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:4], callbacks=[*callbacks],  # type: ignore[arg-type]
+        data_collator=lambda items: collate(torch.stack(items)), optimizers=(adamw(model.parameters()), None),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == steps
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    return trainer
+
+
+@CASES
+def as_plain_training_in_one_process(rank: int, world: int) -> None:
+    alone = Transformer(reversible=False).double()
+    train_alone(alone, batches(), clipped)
+    task = Task().double()
+    train(task, shared_folder(rank))
+    assert len(task.losses) == 10
+    assert task.losses[0] != task.losses[-1]
+    assert_close(values_of(task.model), values_of(alone))
+
+
+@CASES
+def what_is_held_is_flat_in_depth(rank: int, world: int) -> None:
+    def held(depth: int, **settings: Any) -> int:
+        task = Task(depth=depth, **settings).double()
+        count = Held(task.model.blocks)
+        train(task, shared_folder(rank), steps=2)
+        assert len(count.bytes) == 4
+        assert len({*count.bytes}) == 1
+        return count.bytes[0]
+
+    assert held(2) == held(8) > 0
+    assert held(8, policy=StoreAll()) > held(8)
+
+
+@CASES
+def with_dropout_again_and_resumed(rank: int, world: int) -> None:
+    folder = shared_folder(rank)
+    first, again, resumed, other = (Task(p=0.2) for _ in range(4))
+    train(first, folder, save_strategy="steps", save_steps=3)
+    train(again, folder)
+    assert again.losses == first.losses
+    assert_close(values_of(again), values_of(first), tolerance=0.0)
+    train(resumed, folder, resume=str(folder / "checkpoint-3"))
+    assert resumed.losses == first.losses[6:]
+    assert_close(values_of(resumed), values_of(first), tolerance=0.0)
+    train(other, folder, seed=7)
+    assert other.losses != first.losses  # dropout draws
+
+
+@CASES
+def the_best_is_loaded_at_the_end(rank: int, world: int) -> None:
+    folder, task = shared_folder(rank), Task()
+    every = {"eval_steps": 1, "save_steps": 1, "eval_strategy": "steps", "save_strategy": "steps"}
+    trainer = train(task, folder, load_best_model_at_end=True, metric_for_best_model="loss", **every)
+    found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(found) == 5
+    assert trainer.state.best_metric == min(found)
+    best = Path(trainer.state.best_model_checkpoint or "")
+    assert best.name == f"checkpoint-{1 + found.index(min(found))}"
+    stored = load_file(best / "model.safetensors")
+    assert_close(values_of(task), stored, tolerance=0.0)
+
+
+def gpt2() -> Any:
+    model = make("gpt2", depth=2)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@CASES
+def a_converted_model_with_checkpointing_switched_on_or_off(rank: int, world: int) -> None:
+    alone = gpt2()
+    by_hand(alone.transformer.h, "momentum", 0.9)
+    optimizer = clipped(alone.parameters())
+    for batch in batches():
+        optimizer.zero_grad()
+        alone(**as_inputs(batch)).loss.backward()
+        optimizer.step()
+    for checkpointing in (False, True):
+        folder, calls = shared_folder(rank), []
+        model = make_reversible(gpt2(), "momentum", beta=0.9)
+        model.transformer.h[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer = train(model, folder, collate=as_inputs, activation_checkpointing=checkpointing)
+        assert len(calls) == 2 * 10
+        assert_close(values_of(model), values_of(alone), tolerance=1e-7)  # transformers makes float32 of logits
+        trainer.save_model(str(folder / "saved"))
+        torch.distributed.barrier()
+        loaded = transformers.GPT2LMHeadModel.from_pretrained(folder / "saved", dtype=torch.float64)
+        assert [*loaded.state_dict()] == [*gpt2().state_dict()]
+        rows = as_inputs(batches()[0])
+        again = make_reversible(loaded)
+        assert stacks(again)[0].settings == stacks(model)[0].settings
+        assert torch.equal(again.eval()(**rows).logits, model.eval()(**rows).logits)
+
+
+outcomes = CASES.fixture(__file__)
+pytestmark = CASES.mark(__file__)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
+    outcomes.check(name)
+
+
+def killed(folder: Path) -> None:
+    train(Task(p=0.2), folder, steps=9, callbacks=[Dies()], save_strategy="steps", save_steps=3)
+
+
+def goes_on(folder: Path) -> None:
+    resumed, whole = Task(p=0.2), Task(p=0.2)
+    train(resumed, folder, steps=9, resume=True)
+    train(whole, folder, steps=9)
+    assert resumed.losses == whole.losses[2 * 6 :]
+    assert_close(values_of(resumed), values_of(whole), tolerance=0.0)
+
+
+def test_a_rank_is_killed_in_step_7_and_the_run_goes_on(tmp_path: Path) -> None:
+    with Ranks(["-W", "error", __file__, "killed", tmp_path], 2, tmp_path) as ranks:
+        assert ranks.wait(300)[1] == -signal.SIGKILL, ranks.said()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    with Ranks(["-W", "error", __file__, "goes_on", tmp_path], 2, tmp_path) as ranks:
+        assert ranks.wait(300) == [0, 0], ranks.said()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        {"killed": killed, "goes_on": goes_on}[sys.argv[1]](Path(sys.argv[2]))
+    else:
+        CASES.run()
