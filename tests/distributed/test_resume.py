@@ -24,9 +24,9 @@ def test_killed_in_the_middle_of_a_step(engine: str, tmp_path: Path) -> None:
             assert all(process.poll() is None for process in ranks.processes), ranks.said()
             time.sleep(0.05)
         ranks.kill(1)
-        survivor, killed = ranks.wait(PATIENCE)
-        assert killed == -signal.SIGKILL
-        assert survivor not in (0, -signal.SIGKILL), "the other rank did not end by itself within seconds"
+        assert ranks.processes[1].returncode == -signal.SIGKILL
+        survivor = ranks.processes[0].wait(PATIENCE / 2)  # far less than a collective waits for a rank that is alive
+        assert survivor not in (0, -signal.SIGKILL), ranks.said()
     assert (tmp_path / "latest").read_text() == "step-000006"
     with Ranks(["-W", "error", SCRIPT, engine, tmp_path, "second"], 2, tmp_path) as ranks:
         assert ranks.wait(2 * PATIENCE) == [0, 0], ranks.said()
