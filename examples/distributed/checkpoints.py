@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from revcore import SpecError
 from revcore_torch.signatures import check_signature, signature
@@ -44,7 +45,7 @@ class Checkpoints:
         if self.folder is None:
             return
         name = f"step-{len(losses):06}"
-        dcp.save(self._state(losses), checkpoint_id=self.folder / name)
+        save(self._state(losses), checkpoint_id=self.folder / name)
         dist.barrier()
         if dist.get_rank() == 0:
             before = self._latest()
@@ -63,16 +64,14 @@ class Checkpoints:
         if latest is None:
             return []
         there: dict[str, Any] = {"run": dict.fromkeys(self.run), "losses": None}
-        dcp.load(there, checkpoint_id=latest)
+        load(there, checkpoint_id=latest)
         check_signature(self.model, there["run"]["signature"])
         if there["run"] != self.run:
             was, now = ({k: v for k, v in run.items() if k != "signature"} for run in (there["run"], self.run))
             raise SpecError(f"{latest} is of a run with {was}, and this one has {now}: give what it had")
         state = self._state([])
-        dcp.load(state, checkpoint_id=latest)
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        load(state, checkpoint_id=latest)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         for name, put_back in _GENERATORS.items():
             if self._name(name) in state:
                 put_back(state[self._name(name)])

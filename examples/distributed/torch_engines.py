@@ -72,7 +72,8 @@ def wrap(model: Transformer, engine: EngineName) -> nn.Module:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for block in model.body:
         fully_shard(block)
-    return fully_shard(model)
+    fully_shard(model)
+    return model
 
 
 class Learner:
@@ -123,7 +124,8 @@ class Share:
 def share_of(learner: Learner) -> Share:
     """Return what this rank holds: its shards, and the activations between a forward pass and its backward."""
     state = [t for values in learner.optimizer.state.values() for t in values.values() if isinstance(t, Tensor)]
-    return Share(*(sum(map(_bytes, tensors)) for tensors in (learner.model.parameters(), state)), learner.held)
+    parameters, optimizer = (sum(map(_bytes, held)) for held in (learner.model.parameters(), state))
+    return Share(parameters, optimizer, learner.held)
 
 
 def _bytes(tensor: Any) -> int:
@@ -187,7 +189,9 @@ def command(
     depth: Annotated[int, typer.Option(min=1, help="Pairs of attention and MLP.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, dropout and batches.")] = 0,
     policy: Annotated[PolicyName, typer.Option(help="How the backward pass gets its activations.")] = "reverse",
-    checkpoint: Annotated[Path | None, typer.Option(help="A folder that all ranks see; go on from what is there.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A folder that all ranks see; go on from what is there.")
+    ] = None,
     every: Annotated[int, typer.Option(min=1, help="Steps from checkpoint to checkpoint.")] = 20,
 ) -> None:
     """Train a small reversible transformer on text over several processes, and show what each of them holds.

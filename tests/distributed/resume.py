@@ -1,8 +1,9 @@
 """One rank of a training run, for a test to kill: the example's, never stopped, or stopped in the middle of a step.
 
-``python resume.py ENGINE FOLDER first`` trains to the end without a checkpoint, writes ``FOLDER/whole.json``, and trains
-again with checkpoints in ``FOLDER``; there rank 1 stops in the backward pass of step ``STOP``, with ``FOLDER/inside``
-for a sign. ``… second`` goes on from the last checkpoint and writes ``FOLDER/resumed.json``. Both files hold losses.
+``python resume.py ENGINE FOLDER first`` trains to the end without a checkpoint, writes ``FOLDER/whole.json``, and
+trains again with checkpoints in ``FOLDER``; there rank 1 stops in the backward pass of step ``STOP``, with
+``FOLDER/inside`` for a sign. ``… second`` goes on from the last checkpoint and writes ``FOLDER/resumed.json``. Both
+files hold losses.
 """
 
 from __future__ import annotations

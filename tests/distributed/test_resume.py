@@ -1,4 +1,4 @@
-"""A rank is killed in the middle of a step; the same command goes on with the losses of a run that was not, bit for bit."""
+"""A rank is killed in the middle of a step; what goes on has the losses of a run that was not, bit for bit."""
 
 from __future__ import annotations
 
