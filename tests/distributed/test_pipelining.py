@@ -1,0 +1,109 @@
+"""``torch.distributed.pipelining``: a stage is a part of the network; one process's gradients, and no third run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch.nn.functional as F
+from networks import STEPS, Transformer, adamw, assert_close, batches, train_alone, values_of
+from ranks import Cases, Outcomes
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+from revcore import Additive, Momentum
+from revcore_torch import Reverse, StoreAll
+
+CASES = Cases(world=2)
+DEPTH, MICRO_BATCHES = 5, 4
+
+
+def stage_of(model: Any, cut: int, rank: int) -> nn.Sequential:
+    """Return a rank's half; what travels between them is the concatenated tensor that the first half returns."""
+    if rank == 0:
+        return nn.Sequential(model.embedding, model.blocks[:cut])
+    return nn.Sequential(model.blocks[cut:], model.norm, model.head)
+
+
+def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def train(model: Any, cut: int, rank: int, world: int, schedule: Any = Schedule1F1B) -> list[float]:
+    """Train this rank's part of ``model``; return the losses on the last rank."""
+    part = stage_of(model, cut, rank)
+    stage = PipelineStage(part, rank, world, next(model.parameters()).device)
+    pipeline, optimizer, found = schedule(stage, MICRO_BATCHES, loss), adamw(part.parameters()), []
+    for batch in batches(rows=8):
+        optimizer.zero_grad()
+        if rank == 0:
+            pipeline.step(batch[:, :-1].contiguous())
+        else:
+            losses: list[Tensor] = []
+            pipeline.step(target=batch[:, 1:].contiguous(), losses=losses)
+            found.append(sum(value.item() for value in losses) / MICRO_BATCHES)
+        optimizer.step()
+    return found
+
+
+def assert_same_part(model: Any, alone: Any, cut: int, rank: int) -> None:
+    """Fail unless this rank's part ended where the same part of the network in one process ended."""
+    plain = {0: ("embedding.",), 1: ("norm.", "head.")}[rank]
+    blocks = tuple(f"blocks.{i}." for i in range(DEPTH) if (i < cut) == (rank == 0))
+    ours, theirs = ({n: v for n, v in values_of(m).items() if n.startswith(plain + blocks)} for m in (model, alone))
+    assert_close(ours, theirs)
+
+
+def same_as_alone(cut: int, schedule: Any = Schedule1F1B, **settings: Any) -> Any:
+    def case(rank: int, world: int) -> None:
+        alone = Transformer(DEPTH, reversible=False).double()
+        expected = train_alone(alone, batches(rows=8))
+        model = Transformer(DEPTH, **settings).double()
+        losses = train(model, cut, rank, world, schedule)
+        assert_same_part(model, alone, cut, rank)
+        if rank == world - 1:
+            assert losses == pytest.approx(expected, rel=1e-12)
+
+    return case
+
+
+for cut in (2, 3):  # an even and an odd number of steps before the cut
+    CASES.add(f"1F1B, cut at {cut}", same_as_alone(cut))
+CASES.add("GPipe", same_as_alone(2, ScheduleGPipe))
+CASES.add("anchors", same_as_alone(3, policy=Reverse(anchor_every=2)))
+
+
+@CASES
+def couplings_that_take_turns(rank: int, world: int) -> None:
+    """The second half goes on in the list where the first ended."""
+    couplings = [Additive(0.5), Momentum(0.9)]
+    alone = Transformer(DEPTH, coupling=couplings, policy=StoreAll()).double()
+    train_alone(alone, batches(rows=8))
+    model = Transformer(DEPTH, coupling=couplings).double()
+    train(model, 3, rank, world)
+    assert_same_part(model, alone, 3, rank)
+
+
+@CASES
+def blocks_run_twice_a_micro_batch(rank: int, world: int) -> None:
+    model, calls = Transformer(DEPTH).double(), Counter[int]()
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: calls.update([i]))
+    train(model, 2, rank, world)
+    once = 1 if rank == 0 else 2  # PyTorch runs a stage to find its shapes, and the last one backward as well
+    here = range(2) if rank == 0 else range(2, DEPTH)
+    assert calls == dict.fromkeys(here, 2 * MICRO_BATCHES * STEPS + once)
+
+
+outcomes = CASES.fixture(__file__)
+pytestmark = CASES.mark(__file__)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_two_stages(name: str, outcomes: Outcomes) -> None:
+    outcomes.check(name)
+
+
+if __name__ == "__main__":
+    CASES.run()

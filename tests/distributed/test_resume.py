@@ -1,0 +1,37 @@
+"""A rank is killed in the middle of a step; what goes on has the losses of a run that was not, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from ranks import PATIENCE, Ranks
+
+SCRIPT = Path(__file__).with_name("resume.py")
+STEPS, STOP = 9, 7  # resume.py's
+ENGINES = ("ddp",)  # FSDP2: test_fsdp2_resume.py
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_in_the_middle_of_a_step(engine: str, tmp_path: Path) -> None:
+    with Ranks(["-W", "error", SCRIPT, engine, tmp_path, "first"], 2, tmp_path) as ranks:
+        end = time.monotonic() + 2 * PATIENCE
+        while not (tmp_path / "inside").exists():
+            assert time.monotonic() < end, ranks.said()
+            assert all(process.poll() is None for process in ranks.processes), ranks.said()
+            time.sleep(0.05)
+        ranks.kill(1)
+        assert ranks.processes[1].returncode == -signal.SIGKILL
+        survivor = ranks.processes[0].wait(PATIENCE / 2)  # far less than a collective waits for a rank that is alive
+        assert survivor not in (0, -signal.SIGKILL), ranks.said()
+    assert (tmp_path / "latest").read_text() == "step-000006"
+    with Ranks(["-W", "error", SCRIPT, engine, tmp_path, "second"], 2, tmp_path) as ranks:
+        assert ranks.wait(2 * PATIENCE) == [0, 0], ranks.said()
+        assert "Going on after step 6." in ranks.said()
+    whole, resumed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "resumed"))
+    assert len(whole) == STEPS
+    assert len({*whole}) == STEPS
+    assert resumed == whole
