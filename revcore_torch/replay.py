@@ -457,12 +457,16 @@ Meta = tuple[torch.Size, torch.dtype]
 
 
 class Live:
-    """What a block's first run saved, while it runs, and the version that each tensor had then."""
+    """What a block's first run saved, while it runs, and the form and version that each tensor had then.
 
-    __slots__ = ("tensors", "versions")
+    The form is that of then: ZeRO-3 empties a parameter as soon as its module has run.
+    """
+
+    __slots__ = ("metas", "tensors", "versions")
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
+        self.metas: list[Meta] = []
         self.versions: list[int] = []
 
     def take(self, k: int) -> Tensor:
@@ -482,7 +486,7 @@ class Saved:
     __slots__ = ("_changed", "_memory", "_versions", "metas")
 
     def __init__(self, live: Live) -> None:
-        self.metas: list[Meta] = [(t.shape, t.dtype) for t in live.tensors]
+        self.metas = live.metas
         self._memory = [_memory(t) for t in live.tensors]
         self._versions = live.versions
         self._changed = _differing([t._version for t in live.tensors], live.versions)
