@@ -78,9 +78,9 @@ class Kept:
                 )
 
     def note_written(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note which results an operation has written into that no version tells of: through an ``_unsafe_view``.
+        """Note which results an operation has written into; no version tells of it behind an ``_unsafe_view``.
 
-        A product of a batch of matrices is one, and what is added to it in place (the bias of DeepSpeed's linear layer).
+        A product of batches is one, and DeepSpeed's linear layer adds its bias to it in place.
         """
         given = dict(zip((a.name for a in operator._schema.arguments), args, strict=False)) | kwargs
         written = [given.get(a.name) for a in operator._schema.arguments if a.alias_info and a.alias_info.is_write]
