@@ -16,6 +16,7 @@ from revcore.errors import SpecError
 from revcore.laws import InverseReport
 from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program
+from revcore_torch import signatures
 from revcore_torch.functional import Layerwise, eager, inverse, inverse_report, joined
 from revcore_torch.steps import dtype_of, gathered, spread
 
@@ -135,11 +136,13 @@ class ReversibleSequential(nn.Sequential):
             raise SpecError(
                 "a ReversibleSequential with a program of its own cannot be sliced: build the part's program"
             )
+        cycle = self._couplings
+        couplings = [cycle[i % len(cycle)] for i in range(len(self))[idx]] if len(cycle) > 1 else cycle
         options: Any = {} if self.revlib is None else {"target_device": self.revlib.target_device}
         part = type(self)(
             OrderedDict(list(self._modules.items())[idx]),  # type: ignore[arg-type]
             split_dim=self.split_dim,
-            coupling=self._couplings or None,
+            coupling=couplings or None,
             num_streams=self.num_streams,
             policy=self.policy,
             stream_dtype=self.stream_dtype,
@@ -206,12 +209,21 @@ class ReversibleSequential(nn.Sequential):
             return torch.cat(streams, self.split_dim)
         return gathered(streams, how)
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            signatures.write(self, metadata)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        signatures.compare(self, local_metadata, prefix[:-1])
         if any(".wrapped_module." in key for key in state_dict):
             from revcore_torch.revlib.keys import rename
 
             rename(state_dict, prefix, tuple(self._modules))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     def extra_repr(self) -> str:
         held = f", stream_dtype={self.stream_dtype}" if self.stream_dtype is not None else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TypeVar
 
 import torch
@@ -73,8 +73,9 @@ def make_reversible(
             encoder's and the decoder's of T5.
 
     Raises:
-        SpecError: no layers are found, the model is reversible already, numbers that do not belong to ``kind``; on a
-            call, hidden states that something changes between two layers.
+        SpecError: no layers are found, the model is reversible already, numbers that do not belong to ``kind``, or are
+            not those of ``model.config.revcore`` (delete it to train the weights into another network); on a call,
+            hidden states that something changes between two layers.
 
     >>> import transformers
     >>> config = transformers.BertConfig(num_hidden_layers=3, hidden_size=32, num_attention_heads=2)
@@ -87,6 +88,7 @@ def make_reversible(
     chosen = _saved(model) if kind is None else settings(kind, given, exact)
     if already := stacks(model):
         raise SpecError(f"{already[0].name} is reversible already: call make_plain(model) first")
+    _check_saved(model, chosen)
     found = find_stacks(model, layers)
     made = [Stack(name, len(module), chosen, policy, stream_dtype) for name, module in found]
     _check_devices(model)
@@ -94,6 +96,8 @@ def make_reversible(
         for number, layer in enumerate(module):
             layer.forward = Patch(stack, number, layer).forward  # type: ignore[method-assign]
         owner_of(model, name).register_forward_hook(stack._after_loop, always_call=True)
+        module._register_state_dict_hook(stack._save)
+        module.register_load_state_dict_pre_hook(stack._load)
     if hasattr(model, "config"):
         model.config.revcore = {name: value for name, value in asdict(chosen).items() if value is not None}  # type: ignore[union-attr]
     return model
@@ -111,10 +115,13 @@ def make_plain(model: Model) -> Model:
     for module in model.modules():
         if _patch(module) is not None:
             del module.forward
-        for key, hook in [*module._forward_hooks.items()]:
-            if isinstance(getattr(hook, "__self__", None), Stack):
-                del module._forward_hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        hooks = module._forward_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks
+        for registered in hooks:
+            for key, hook in [*registered.items()]:
+                # what is called before loading is wrapped
+                if isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), Stack):
+                    del registered[key]
+                    module._forward_hooks_always_called.pop(key, None)
     if getattr(getattr(model, "config", None), "revcore", None) is not None:
         del model.config.revcore  # type: ignore[union-attr]
     return model
@@ -169,6 +176,23 @@ def _saved(model: nn.Module) -> Settings:
         raise SpecError(
             f"model.config.revcore is {saved!r}, which is not what make_reversible writes: {error}"
         ) from error
+
+
+def _check_saved(model: nn.Module, chosen: Settings) -> None:
+    """Refuse to make another network of weights that were saved as a reversible one; exactness makes no other."""
+    if not isinstance(getattr(getattr(model, "config", None), "revcore", None), dict):
+        return
+    saved = _saved(model)
+    if replace(saved, exact=None) != replace(chosen, exact=None):
+        raise SpecError(
+            f"make_reversible came with {_told(chosen)}, but the weights are those of {_told(saved)} "
+            "(model.config.revcore): write make_reversible(model), which makes it what it was; or delete "
+            "model.config.revcore first, to train it into another"
+        )
+
+
+def _told(settings: Settings) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in asdict(settings).items() if value is not None)
 
 
 def _check_devices(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from revcore.errors import SpecError
 from revcore.policy import MemoryBudget, Policy, StepPolicy, StoreAll, check_policy
+from revcore_torch import signatures
 from revcore_torch.hf import caches
 from revcore_torch.hf.kinds import Settings
 from revcore_torch.session import Session
@@ -109,6 +110,14 @@ class Stack:
         session = _sessions().pop(self, None)
         if session is not None and not session.is_over:
             session.drop()
+
+    def _save(self, _: nn.Module, __: Any, ___: str, metadata: dict[str, Any]) -> None:
+        """A hook of the list of layers, on ``state_dict()``."""
+        signatures.write(self, metadata)
+
+    def _load(self, _: nn.Module, __: Any, ___: str, metadata: dict[str, Any], *rest: Any) -> None:
+        """A hook of the list of layers, before anything is loaded into it."""
+        signatures.compare(self, metadata, self.name)
 
     def _after_loop(self, _: nn.Module, __: Any, output: Any) -> None:
         """A hook of the module that loops over the layers; it is called after a failure, too."""

@@ -138,6 +138,14 @@ def test_slice(model):
     return train(model[1:4])
 
 
+def test_slices_keep_each_blocks_coupling() -> None:
+    """Cut where the list of couplings is not at its beginning, the halves are still the whole."""
+    couplings = [revcore.Momentum(beta) for beta in (0.9, 0.8, 0.7)]
+    whole, x = ReversibleSequential(*[block() for _ in range(5)], coupling=couplings).double(), make_input()
+    for cut in range(1, 5):
+        torch.testing.assert_close(whole[cut:](whole[:cut](x)), whole(x), rtol=1e-14, atol=1e-14)
+
+
 @objects.same("`append`, `insert`, `extend`, `del`, `pop`, and a block replaced")
 def test_edited(model):
     torch.manual_seed(3)
