@@ -77,6 +77,17 @@ class Kept:
                     "same input"
                 )
 
+    def note_written(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note which results an operation has written into; no version tells of it behind an ``_unsafe_view``.
+
+        A product of batches is one, and DeepSpeed's linear layer adds its bias to it in place.
+        """
+        given = dict(zip((a.name for a in operator._schema.arguments), args, strict=False)) | kwargs
+        written = [given.get(a.name) for a in operator._schema.arguments if a.alias_info and a.alias_info.is_write]
+        memory = {replay.memory_of(t) for t in pytree.tree_leaves(written) if isinstance(t, Tensor)} - {0}
+        for result in (result for results in self.results.values() for result in results if result is not None):
+            result.written = result.written or any(map(result.lies_in, memory))
+
     def settle(self, index: int) -> None:
         """Call it after the first run: refuse results that were changed in place."""
         self.results = {operator: results for operator, results in self.results.items() if any(results)}
@@ -84,7 +95,7 @@ class Kept:
             for result in results:
                 if result is None:
                     continue
-                if result.versions != [t._version for t in result.tensors if isinstance(t, Tensor)]:
+                if result.written or result.versions != [t._version for t in result.tensors if isinstance(t, Tensor)]:
                     raise SpecError(
                         f"block of step {index} changed the result of {operator} in place, and recompute= asks to "
                         "keep it: use the form that is not in place, or do not keep that operation"
@@ -93,7 +104,7 @@ class Kept:
 
 
 class _Result:
-    __slots__ = ("held", "random", "spec", "tensors", "versions")
+    __slots__ = ("held", "random", "spec", "tensors", "versions", "written")
 
     def __init__(self, out: Any, random: replay.RandomState | None) -> None:
         leaves, self.spec = pytree.tree_flatten(out)
@@ -103,6 +114,10 @@ class _Result:
             self.tensors: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
         self.versions = [t._version for t in self.tensors if isinstance(t, Tensor)]
         self.held: list[Any] = []
+        self.written = False
+
+    def lies_in(self, memory: int) -> bool:
+        return any(isinstance(t, Tensor) and replay.memory_of(t) == memory for t in self.tensors)
 
     def store(self, offload: bool) -> None:
         self.held = [to_host(t) if offload and isinstance(t, Tensor) else t for t in self.tensors]
@@ -132,6 +147,8 @@ class _First(_Mode):
         draws = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         before = replay.random_state(self.devices) if draws else None
         out = func(*args, **kwargs)
+        if _is_mutable(func):
+            self.kept.note_written(func, args, kwargs)
         result = None
         # one that writes into its arguments has to do so again
         if self.kept.selects(out, func, *args, **kwargs) and not _is_mutable(func):

@@ -461,12 +461,16 @@ Meta = tuple[torch.Size, torch.dtype]
 
 
 class Live:
-    """What a block's first run saved, while it runs, and the version that each tensor had then."""
+    """What a block's first run saved, while it runs, and the form and version that each tensor had then.
 
-    __slots__ = ("tensors", "versions")
+    The form is that of then: ZeRO-3 empties a parameter as soon as its module has run.
+    """
+
+    __slots__ = ("metas", "tensors", "versions")
 
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
+        self.metas: list[Meta] = []
         self.versions: list[int] = []
 
     def take(self, k: int) -> Tensor:
@@ -486,8 +490,8 @@ class Saved:
     __slots__ = ("_changed", "_memory", "_versions", "metas")
 
     def __init__(self, live: Live) -> None:
-        self.metas: list[Meta] = [(t.shape, t.dtype) for t in live.tensors]
-        self._memory = [_memory(t) for t in live.tensors]
+        self.metas = live.metas
+        self._memory = [memory_of(t) for t in live.tensors]
         self._versions = live.versions
         self._changed = _differing([t._version for t in live.tensors], live.versions)
 
@@ -507,7 +511,7 @@ class Saved:
                 problem = (
                     "changed a tensor in place that its own gradient needs ({}): use the form that is not in place"
                 )
-            elif memory == _memory(collected[k]) and memory not in map(_memory, (*leaves, *buffers.changing)):
+            elif memory == memory_of(collected[k]) and memory not in map(memory_of, (*leaves, *buffers.changing)):
                 problem = (
                     "uses a tensor from outside that was changed in place after the forward pass ({}): call backward "
                     "before that, or change a clone"
@@ -521,7 +525,7 @@ def _differing(now: list[int], then: list[int]) -> list[int]:
     return [] if now == then else [k for k, (a, b) in enumerate(zip(now, then, strict=True)) if a != b]
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """Return which memory a tensor lies in; 0 for one that has none of its own (a sparse one, some subclasses)."""
     try:
         return torch._C._storage_id(tensor)  # pyright: ignore[reportAttributeAccessIssue]

@@ -23,7 +23,7 @@ from revcore.errors import InversionError, SpecError
 from revcore.policy import Segment, StepPolicy, StoreAll, segments
 from revcore.program import Program
 from revcore.step import Anchor, Couple
-from revcore_torch import detect, outside, replay
+from revcore_torch import detect, outside, replay, zero
 from revcore_torch.drift import DriftProbe, probing, warn_once
 from revcore_torch.keep import Kept, on_host
 from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, run_plain, tensors_within, version
@@ -458,13 +458,14 @@ class Tape:
 class _Pack:
     """The pack hook of a step's first run: keeps nothing but form (T1)."""
 
-    __slots__ = ("index", "tensors", "versions")
+    __slots__ = ("index", "metas", "tensors", "versions")
 
     def __init__(self, index: int, live: replay.Live) -> None:
-        self.index, self.tensors, self.versions = index, live.tensors, live.versions
+        self.index, self.tensors, self.metas, self.versions = index, live.tensors, live.metas, live.versions
 
     def __call__(self, tensor: Tensor) -> Handle:
         self.tensors.append(tensor)
+        self.metas.append((tensor.shape, tensor.dtype))
         self.versions.append(tensor._version)
         return self.index, len(self.versions) - 1
 
@@ -544,7 +545,7 @@ def run(
 ) -> tuple[Streams, list[tuple[Any, ...]]]:
     """Run ``program`` under ``policy``: the streams in their own order, and one tuple of auxiliary outputs a block."""
     _keep_dynamo_out()
-    calls = make_calls(program, blocks)
+    calls = make_calls(program, zero.check(blocks))
     plan = segments(
         [not isinstance(step, Anchor) for step in program.unrolled], policy if _can_record() else StoreAll()
     )
