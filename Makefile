@@ -2,7 +2,7 @@
 
 PYTHON      ?= python3
 EXTRAS      ?= torch,jax,demo,dev
-PYTEST_ARGS ?= -n 2 --dist loadgroup
+PYTEST_ARGS ?= -n 2
 ARGS        ?=
 ENGINE      ?= torch
 # SYSTEM_SITE_PACKAGES=1: use the packages that PYTHON already has (a system image's torch and jax), in a venv apart.

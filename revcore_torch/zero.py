@@ -33,13 +33,12 @@ def check(blocks: Sequence[Any]) -> Sequence[Any]:
     >>> check([block])[0] is block
     True
     """
-    if "deepspeed" not in sys.modules:
+    if "deepspeed" not in sys.modules or not _inside_engine():
         return blocks
-    if _inside_engine():
-        for block in blocks:
-            if isinstance(block, nn.Module) and block not in _checked:
-                _refuse_optimizers(block)
-                _checked.add(block)
+    for block in blocks:
+        if isinstance(block, nn.Module) and block not in _checked:
+            _refuse_optimizers(block)
+            _checked.add(block)
     return [block if block is None or isinstance(block, nn.Module) else _Watched(block) for block in blocks]
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,3 +80,26 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         cli.main()
     assert isinstance(exit_.value.code, int)
     return exit_.value.code
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None], limit: float = 600.0) -> Path:
+    """Return a folder that ``make`` filled, in one of pytest's workers alone; the others wait for it, idle.
+
+    For processes that a whole file of tests looks at. (xdist's own ``--dist loadgroup`` groups nothing in pytest 9.2.)
+    """
+    base = factory.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder, done = shared / f"once-{name}", shared / f"once-{name}.done"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + limit
+        while not done.exists():
+            assert time.monotonic() < end, f"another worker did not finish {folder} within {limit:.0f} s"
+            time.sleep(0.1)
+    else:
+        try:
+            make(folder)
+        finally:
+            done.touch()
+    return folder

@@ -8,7 +8,6 @@ A test file is a script as well: it registers cases, and as a script it runs the
     def averages(rank: int, world: int) -> None: ...
 
     outcomes = CASES.fixture(__file__)
-    pytestmark = CASES.mark(__file__)
 
     @pytest.mark.parametrize("name", CASES)
     def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
@@ -33,7 +32,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +62,7 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONFAULTHANDLER": "1",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
@@ -136,11 +136,11 @@ class Outcomes:
     def check(self, name: str) -> None:
         """Fail with what went wrong, if anything did, or if the case did not run on every rank."""
         problems = self.problems.get(name, [])
+        if len(problems) != self.world:
+            pytest.fail(f"{name!r} ended on {len(problems)} of {self.world} ranks:\n{self.said}")
         for rank, problem in enumerate(problems):
             if problem:
                 pytest.fail(f"on rank {rank}:\n{problem}")
-        if len(problems) != self.world:
-            pytest.fail(f"{name!r} ended on {len(problems)} of {self.world} ranks:\n{self.said}")
 
 
 class Cases(dict[str, Case]):
@@ -158,23 +158,25 @@ class Cases(dict[str, Case]):
         self[name] = case
         return case
 
-    def mark(self, file: str) -> pytest.MarkDecorator:
-        """Say that all tests of a file belong to one worker, or each worker would start processes of its own."""
-        return pytest.mark.xdist_group(Path(file).stem)
-
     def fixture(self, file: str) -> Any:
         """Return the fixture that starts ``file`` as a script on every rank and reads what became of its cases."""
 
         @pytest.fixture(scope="module", name="outcomes")
-        def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Outcomes]:
+        def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Outcomes:
+            from helpers import once
+
             items: list[Any] = [item for item in request.session.items if item.path == Path(file)]
             wanted = [item.callspec.params.get("name") for item in items if "outcomes" in item.fixturenames]
             wanted = [name for name in wanted if name in self]  # other tests may look at outcomes, too
-            folder = tmp_path_factory.mktemp(Path(file).stem)
-            more = {**self.environment, "REVCORE_CASES": json.dumps(wanted), "REVCORE_OUTCOMES": str(folder)}
-            with Ranks(["-W", "error", file], self.world, folder, more) as ranks:
-                ranks.wait(self.limit)
-                yield Outcomes(self._read(folder), ranks.said(), self.world)
+
+            def start(folder: Path) -> None:
+                more = {**self.environment, "REVCORE_CASES": json.dumps(wanted), "REVCORE_OUTCOMES": str(folder)}
+                with Ranks(["-W", "error", file], self.world, folder, more) as ranks:
+                    ranks.wait(self.limit)
+                (folder / "said").write_text(ranks.said())
+
+            folder = once(tmp_path_factory, Path(file).stem, start, self.limit + 60)
+            return Outcomes(self._read(folder), (folder / "said").read_text(), self.world)
 
         return outcomes
 

@@ -153,7 +153,6 @@ def an_optimizer_in_the_backward_pass_is_refused(rank: int, world: int) -> None:
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

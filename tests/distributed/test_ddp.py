@@ -309,7 +309,6 @@ def converted_hugging_face_model(rank: int, world: int) -> None:
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

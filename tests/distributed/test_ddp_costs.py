@@ -164,7 +164,6 @@ def blocks_run_twice_a_step(rank: int, world: int) -> None:
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

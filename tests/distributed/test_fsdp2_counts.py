@@ -234,7 +234,6 @@ def test_gradients_that_all_leave_at_the_end_are_found() -> None:
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

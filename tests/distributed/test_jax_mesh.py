@@ -115,7 +115,6 @@ def tensor_parallel_sums(rank: int, world: int) -> None:
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

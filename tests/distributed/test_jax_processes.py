@@ -57,7 +57,6 @@ def tensors_cut_over_processes(rank: int, world: int) -> None:
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

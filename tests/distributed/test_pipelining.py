@@ -97,7 +97,6 @@ def blocks_run_twice_a_micro_batch(rank: int, world: int) -> None:
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,7 @@ from ranks import PATIENCE, Ranks
 
 SCRIPT = Path(__file__).with_name("resume.py")
 STEPS, STOP = 9, 7  # resume.py's
-ENGINES = ("ddp",)  # FSDP2: test_fsdp2_resume.py
+ENGINES = ("ddp", "fsdp2")
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -202,7 +202,6 @@ def a_converted_model_with_checkpointing_switched_on_or_off(rank: int, world: in
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

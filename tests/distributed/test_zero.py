@@ -226,7 +226,6 @@ CASES.add(
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

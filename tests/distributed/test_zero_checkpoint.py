@@ -105,7 +105,6 @@ for stage in (1, 2):
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -230,13 +230,14 @@ def costs(rank: int, world: int, *, stage: int) -> None:
         within, elsewhere = sizes(Transformer(depth))
         plain = costs_of(Transformer(depth, reversible=False), stage, rank, world)
         ours = costs_of(Transformer(depth), stage, rank, world)
+        # gloo's thread may hold a buffer for a moment after it has been sent
+        held[depth] = min(cost.pop("held") for cost in plain), min(cost.pop("held") for cost in ours)
         assert ours[0] == ours[1] == ours[2]
         assert ours[0]["runs"] == [2] * depth
         if stage == 3:
             assert all(cost["forward"] == within + elsewhere for cost in (*plain, *ours))
             assert all(cost["backward"] == within + elsewhere for cost in plain)
             assert ours[0]["backward"] == 2 * within + elsewhere, "once for the second run, once for the gradient"
-        held[depth] = plain[0]["held"], ours[0]["held"]
     assert held[4][1] == held[8][1] < held[4][0] < held[8][0]
 
 
@@ -245,7 +246,6 @@ CASES.add("costs, stage 3", functools.partial(costs, stage=3))
 
 
 outcomes = CASES.fixture(__file__)
-pytestmark = CASES.mark(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

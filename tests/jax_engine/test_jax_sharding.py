@@ -250,14 +250,19 @@ def run() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def failures() -> dict[str, str]:
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__], env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def failures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    from helpers import once
+
+    def start(folder: Path) -> None:
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+        done = subprocess.run(
+            [sys.executable, "-W", "error", __file__], env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (folder / "failures.json").write_text(done.stdout)
+
+    return json.loads((once(tmp_path_factory, "jax_sharding", start) / "failures.json").read_text())
 
 
 @pytest.mark.parametrize("kind", KINDS)
