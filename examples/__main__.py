@@ -35,6 +35,7 @@ TORCH = (
     "revgnn",
 )
 PRETRAINED = ("minilm",)
+DISTRIBUTED = ("torch_engines", "deepspeed_zero", "deepspeed_pipeline", "jax_sharding")
 HERE = Path(__file__).parent
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -44,13 +45,13 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 def listing(context: typer.Context) -> None:
     """List the examples. Each is a command of its own; `--help` says what it can do."""
     if context.invoked_subcommand is None:
-        for name in (*TORCH, *FLAX, *PRETRAINED):
-            say(Console(), f"python -m examples.{name:20} {headline(name)}")
+        for name in (*TORCH, *FLAX, *PRETRAINED, *(f"distributed.{name}" for name in DISTRIBUTED)):
+            say(Console(), f"python -m examples.{name:30} {headline(name)}")
 
 
 def headline(name: str) -> str:
     """Return the first line of an example's docstring; nothing is imported for it."""
-    text = ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text()))
+    text = ast.get_docstring(ast.parse((HERE / f"{name.replace('.', '/')}.py").read_text()))
     assert text is not None
     return text.partition("\n")[0]
 

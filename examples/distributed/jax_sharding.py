@@ -211,7 +211,8 @@ def command(
         console = Console(quiet=not first)
         mesh = Mesh(np.array(jax.devices()).reshape(data, tensor), ("data", "tensor"))
         say(
-            console, f"{found} devices of {jax.process_count()} processes: {data} × {tensor}. {depth} reversible steps."
+            console,
+            f"{found} devices, {data} × {tensor}, of {jax.process_count()} process(es). Depth: {depth}.",
         )
         console.print(table(compare(mesh, depth, steps, lambda text: say(console, text))))
     finally:
