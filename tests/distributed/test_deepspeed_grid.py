@@ -1,4 +1,4 @@
-"""A reversible network in DeepSpeed's pipeline, two stages of two data-parallel ranks each."""
+"""A reversible network in DeepSpeed's pipeline: two stages of two data-parallel ranks each, and four stages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch.distributed as dist
 from networks import assert_close, batches, train_alone, values_of
 from pipelines import ENVIRONMENT, additive, check_calls, count_calls, here, init, layers_of, start, train
 from ranks import Cases, Outcomes
+
+from revcore import Momentum
 
 pytest.importorskip("deepspeed")
 
@@ -30,6 +32,20 @@ def two_stages_of_two(rank: int, world: int) -> None:
     dist.all_gather_object(owners, set(stage))
     assert owners[0] == owners[1] != owners[2] == owners[3]
     assert owners[0] | owners[2] == set(values)
+
+
+@CASES
+def four_stages(rank: int, world: int) -> None:
+    """Two stages have neither end of the network."""
+    alone, model = (additive(8, coupling=Momentum(0.75)) for _ in range(2))
+    losses = train_alone(alone.double(), batches())
+    calls = count_calls(model.body)
+    engine = start(layers_of(model), stages=4, method="type:MLP|Attention")
+    assert torch.allclose(torch.tensor(train(engine, batches())), torch.tensor(losses))
+    values, stage = values_of(alone), here(engine, model)
+    assert {name.split(".")[1] for name in stage if "body" in name} == {str(2 * rank), str(2 * rank + 1)}
+    assert_close(stage, {n: values[n] for n in stage})
+    check_calls(calls, 2 * 2 * len(batches()))
 
 
 outcomes = CASES.fixture(__file__)
