@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from revcore_torch import ReversibleSequential
 
 WIDTH, HEADS, VOCABULARY, TIME = 8, 2, 16, 6
 STEPS = 5
+CLIP = 0.02  # below every gradient's norm, and near AdamW's eps: it changes what a step does
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -99,6 +101,18 @@ def loss_of(model: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW whose ``eps`` is large enough that no step divides one rounding error by another."""
     return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4)
+
+
+def clipped(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as trainers have it that clip gradients by their norm."""
+    kept = [*parameters]
+    optimizer = adamw(kept)
+
+    def clip(*_: Any) -> None:
+        assert clip_grad_norm_(kept, CLIP) > 2 * CLIP
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
 
 
 def train_alone(model: nn.Module, data: Sequence[Tensor], optimizer: Optimizer = adamw) -> list[float]:

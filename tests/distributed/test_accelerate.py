@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from held import Held
-from networks import Transformer, adamw, assert_close, batches, loss_of, train_alone, values_of
+from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, train_alone, values_of
 from ranks import Cases, Outcomes, shared_folder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 from revcore import SpecError
 from revcore_torch import Reverse, StoreAll
@@ -24,18 +23,6 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.state import AcceleratorState
 
 CASES = Cases(world=2)
-CLIP = 0.02  # below every gradient's norm, and near AdamW's eps: it changes what a step does
-
-
-def clipped(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    kept = [*parameters]
-    optimizer = adamw(kept)
-
-    def clip(*_: Any) -> None:
-        assert clip_grad_norm_(kept, CLIP) > 2 * CLIP
-
-    optimizer.register_step_pre_hook(clip)
-    return optimizer
 
 
 def prepared(model: nn.Module, **settings: Any) -> tuple[Accelerator, Any, Any, Any]:

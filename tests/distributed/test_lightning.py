@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from held import Held
-from networks import Transformer, adamw, assert_close, batches, loss_of, train_alone, values_of
+from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, train_alone, values_of
 from ranks import Cases, Outcomes, shared_folder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 from revcore import SpecError
 from revcore_torch import StoreAll
@@ -26,7 +25,6 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 CASES = Cases(world=2)
-CLIP = 0.02  # below every gradient's norm, and near AdamW's eps: it changes what a step does
 
 # of Lightning's own making, with PyTorch 2.13
 for message in (
@@ -36,17 +34,6 @@ for message in (
     r"Checkpoint directory .* exists and is not empty",
 ):
     warnings.filterwarnings("ignore", message)
-
-
-def clipped(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    kept = [*parameters]
-    optimizer = adamw(kept)
-
-    def clip(*_: Any) -> None:
-        assert clip_grad_norm_(kept, CLIP) > 2 * CLIP
-
-    optimizer.register_step_pre_hook(clip)
-    return optimizer
 
 
 class Task(L.LightningModule):

@@ -7,18 +7,17 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from held import Held
-from networks import Transformer, adamw, assert_close, batches, loss_of, train_alone, values_of
+from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, train_alone, values_of
 from ranks import Cases, Outcomes, Ranks, shared_folder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 from revcore_torch import StoreAll
 
@@ -32,21 +31,9 @@ from revcore_torch.hf import make_reversible, stacks
 from tests.hf.hf_models import by_hand, make
 
 CASES = Cases(world=2)
-CLIP = 0.02  # below every gradient's norm, and near AdamW's eps: it changes what a step does
 
 warnings.filterwarnings("ignore", ".*pin_memory")  # PyTorch's loader, on a machine without an accelerator
 warnings.filterwarnings("ignore", ".*no accelerator is found")
-
-
-def clipped(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    kept = [*parameters]
-    optimizer = adamw(kept)
-
-    def clip(*_: Any) -> None:
-        assert clip_grad_norm_(kept, CLIP) > 2 * CLIP
-
-    optimizer.register_step_pre_hook(clip)
-    return optimizer
 
 
 class Task(nn.Module):
