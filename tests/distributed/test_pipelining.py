@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from networks import STEPS, Transformer, adamw, assert_close, batches, train_alone, values_of
 from ranks import Cases, Outcomes
@@ -55,11 +56,30 @@ def assert_same_part(model: Any, alone: Any, cut: int, rank: int) -> None:
     assert_close(ours, theirs)
 
 
-def same_as_alone(cut: int, schedule: Any = Schedule1F1B, **settings: Any) -> Any:
+def frozen(model: Any) -> Any:
+    for i in (1, 3):  # one in each half
+        model.blocks[i].requires_grad_(False)
+    return model
+
+
+def tied(model: Any) -> Any:
+    """Let two blocks of the second half have one weight."""
+    model.blocks[4].qkv.weight = model.blocks[2].qkv.weight
+    return model
+
+
+def with_lora(model: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(target_modules=["qkv", "up"], init_lora_weights=False)
+    return peft.inject_adapter_in_model(config, model).double()
+
+
+def same_as_alone(cut: int, schedule: Any = Schedule1F1B, change: Any = lambda model: model, **settings: Any) -> Any:
     def case(rank: int, world: int) -> None:
-        alone = Transformer(DEPTH, reversible=False).double()
+        alone = change(Transformer(DEPTH, reversible=False).double())
         expected = train_alone(alone, batches(rows=8))
-        model = Transformer(DEPTH, **settings).double()
+        model = change(Transformer(DEPTH, **settings).double())
         losses = train(model, cut, rank, world, schedule)
         assert_same_part(model, alone, cut, rank)
         if rank == world - 1:
@@ -71,6 +91,9 @@ def same_as_alone(cut: int, schedule: Any = Schedule1F1B, **settings: Any) -> An
 for cut in (2, 3):  # an even and an odd number of steps before the cut
     CASES.add(f"1F1B, cut at {cut}", same_as_alone(cut))
 CASES.add("GPipe", same_as_alone(2, ScheduleGPipe))
+CASES.add("frozen blocks", same_as_alone(2, change=frozen))
+CASES.add("tied weights", same_as_alone(2, change=tied))
+CASES.add("LoRA", same_as_alone(2, change=with_lora))
 CASES.add("anchors", same_as_alone(3, policy=Reverse(anchor_every=2)))
 
 

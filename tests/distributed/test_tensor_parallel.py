@@ -83,9 +83,18 @@ def parted(net: nn.Module) -> int:
     return sum(any(isinstance(where, Shard) for where in by_dimension) for by_dimension in placements)
 
 
-def equals_one_process(name: str, sequence: bool = False, **settings: Any) -> None:
+def frozen(net: Any) -> Any:
+    for i in (0, 3):
+        net.blocks[i].requires_grad_(False)
+    return net
+
+
+def equals_one_process(
+    name: str, sequence: bool = False, change: Any = lambda net: net, tied: bool = False, **settings: Any
+) -> None:
     def case(rank: int, world: int) -> None:
-        alone, model = network(reversible=False), parallel(network(**settings), mesh()["tensor"], sequence)
+        alone = change(network(reversible=False, tied=tied))
+        model = parallel(change(network(tied=tied, **settings)), mesh()["tensor"], sequence)
         assert parted(model) >= 3 * DEPTH
         losses = train(alone, batches())
         train(model, batches())
@@ -97,6 +106,8 @@ def equals_one_process(name: str, sequence: bool = False, **settings: Any) -> No
 
 equals_one_process("columns, then rows")
 equals_one_process("the same, checkpointed", policy=Checkpoint())
+equals_one_process("frozen blocks", change=frozen)
+equals_one_process("the head is the embedding", tied=True)
 equals_one_process("streams parted along the sequence", sequence=True)
 
 
