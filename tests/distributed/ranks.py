@@ -128,10 +128,10 @@ class Ranks:
 
 
 class Outcomes:
-    """What became of each case of a file: nothing, or what went wrong on which rank."""
+    """What became of each case of a file: nothing, or what went wrong on which rank; and where cases left files."""
 
-    def __init__(self, problems: Mapping[str, list[str]], said: str, world: int) -> None:
-        self.problems, self.said, self.world = problems, said, world
+    def __init__(self, folder: Path, problems: Mapping[str, list[str]], said: str, world: int) -> None:
+        self.folder, self.problems, self.said, self.world = folder, problems, said, world
 
     def check(self, name: str) -> None:
         """Fail with what went wrong, if anything did, or if the case did not run on every rank."""
@@ -176,7 +176,7 @@ class Cases(dict[str, Case]):
                 (folder / "said").write_text(ranks.said())
 
             folder = once(tmp_path_factory, Path(file).stem, start, self.limit + 60)
-            return Outcomes(self._read(folder), (folder / "said").read_text(), self.world)
+            return Outcomes(folder, self._read(folder), (folder / "said").read_text(), self.world)
 
         return outcomes
 

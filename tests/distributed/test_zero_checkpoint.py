@@ -113,11 +113,9 @@ def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_universal_checkpoint_goes_on_in_another_world(
-    stage: int, outcomes: Outcomes, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_universal_checkpoint_goes_on_in_another_world(stage: int, outcomes: Outcomes, tmp_path: Path) -> None:
     outcomes.check(f"saved for another world, stage {stage}")
-    (folder,) = tmp_path_factory.getbasetemp().glob(f"{Path(__file__).stem}[0-9]*/universal{stage}")
+    folder = outcomes.folder / f"universal{stage}"
     convert = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--num_extract_workers", "1"]
     convert += [
         "--num_merge_workers",
