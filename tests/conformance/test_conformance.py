@@ -6,6 +6,9 @@ norm over the whole tree, and nothing absolute. bfloat16: at most twice the erro
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 from backends import Backend
 from cases import COUPLINGS, DEPTHS, STREAMS, STRUCTURES, Case, oracle, plain
@@ -28,16 +31,23 @@ def against_oracle(record: Record, case: Case) -> Report:
     return compare(record, oracle(case), names=("engine", "oracle"))
 
 
-def check_oracle(backend: Backend, case: Case, dtype: str) -> None:
+Run = Callable[[Policy], Record]
+
+
+def runs_of(backend: Backend, case: Case, dtype: str) -> Run:
+    """Return what runs a case under a policy: once, however many checks look at it."""
+    return functools.cache(lambda policy: backend.run(case, policy, dtype))
+
+
+def check_oracle(run: Run, case: Case) -> None:
     for policy in (StoreAll(), Reverse()):
-        report = against_oracle(backend.run(case, policy, dtype), case)
+        report = against_oracle(run(policy), case)
         assert report.ok, f"{policy}: {report}"
 
 
-def check_policies(backend: Backend, case: Case, dtype: str, policies: tuple[Policy, ...] = REBUILDING) -> None:
-    expected = backend.run(case, StoreAll(), dtype)
+def check_policies(run: Run, policies: tuple[Policy, ...] = REBUILDING) -> None:
     for policy in policies:
-        report = compare(backend.run(case, policy, dtype), expected, names=(str(policy), "StoreAll"))
+        report = compare(run(policy), run(StoreAll()), names=(str(policy), "StoreAll"))
         assert report.ok, str(report)
 
 
@@ -56,21 +66,23 @@ def test_every_coupling_depth_and_width(
     backend: Backend, coupling: str, depth: int, num_streams: int, dtype: str
 ) -> None:
     case = plain(coupling, depth, num_streams)
-    check_oracle(backend, case, dtype)
-    check_policies(backend, case, dtype, (Reverse(),))
+    run = runs_of(backend, case, dtype)
+    check_oracle(run, case)
+    check_policies(run, (Reverse(),))
     check_inverse(backend, case, dtype)
 
 
 @pytest.mark.parametrize("depth", [depth for depth in DEPTHS if depth <= 8])
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_every_policy(backend: Backend, coupling: str, depth: int) -> None:
-    check_policies(backend, plain(coupling, depth, 2), "float64")
+    check_policies(runs_of(backend, plain(coupling, depth, 2), "float64"))
 
 
 @pytest.mark.parametrize("case", STRUCTURES, ids=str)
 def test_every_structure(backend: Backend, case: Case) -> None:
-    check_oracle(backend, case, "float64")
-    check_policies(backend, case, "float64", (Reverse(), Reverse(anchor_every=3, keep_last=2), Checkpoint(3)))
+    run = runs_of(backend, case, "float64")
+    check_oracle(run, case)
+    check_policies(run, (Reverse(), Reverse(anchor_every=3, keep_last=2), Checkpoint(3)))
     if case.uses_anchors:
         with pytest.raises(ValueError, match="is an Anchor, which has no inverse"):
             backend.invert(case)
@@ -80,8 +92,9 @@ def test_every_structure(backend: Backend, case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in STRUCTURES if case.repeats or case.uses_anchors], ids=str)
 def test_structures_in_float32(backend: Backend, case: Case) -> None:
-    check_oracle(backend, case, "float32")
-    check_policies(backend, case, "float32", (Reverse(),))
+    run = runs_of(backend, case, "float32")
+    check_oracle(run, case)
+    check_policies(run, (Reverse(),))
 
 
 @pytest.mark.parametrize("policy", [StoreAll(), *REBUILDING], ids=str)
