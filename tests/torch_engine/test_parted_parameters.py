@@ -142,14 +142,15 @@ def test_a_function_that_uses_parted_parameters_by_itself_is_refused(policy, in_
 
     for block in (by_itself, functools.partial(F.linear, weight=layer.weight), layer.forward):
         with pytest.raises(SpecError, match=r"shape \(4, 4\) by itself.* Wrap the function in an nn.Module"):
-            reversible(revnet(2), [torch.tanh, block], (x, x), policy=policy)
+            in_engine(functools.partial(reversible, policy=policy), revnet(2), [torch.tanh, block], (x, x))
 
 
 @pytest.mark.parametrize("policy", [Reverse(), Checkpoint(), StoreAll()], ids=str)
 def test_a_function_that_calls_modules_or_has_no_parameters_is_let_through(policy, in_engine):
     layer, x = Parted(), torch.randn(2, 4, requires_grad=True)
     blocks = [torch.tanh, lambda x: layer(x.sin()), functools.partial(layer), layer]
-    torch.cat(reversible(revnet(4), blocks, (x, x), policy=policy)).square().sum().backward()
+    streams = in_engine(functools.partial(reversible, policy=policy), revnet(4), blocks, (x, x))
+    torch.cat(streams).square().sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.abs().sum() > 0
     assert zero.check([torch.tanh, layer])[1] is layer
