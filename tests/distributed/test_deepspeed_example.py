@@ -16,7 +16,7 @@ from ranks import ROOT, environment, free_port
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-LIMIT = 180.0  # seconds for a start
+LIMIT = 300.0  # seconds for a start
 
 
 def run(folder: Path, *arguments: str) -> str:

@@ -30,7 +30,7 @@ def test_every_policy_on_a_mesh_has_the_losses_of_one_device() -> None:
     options = ["--devices", "4", "--data", "2", "--tensor", "2", "--depth", "4", "--steps", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "examples.distributed.jax_sharding", *options], capture_output=True, text=True,
-        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}, check=False, timeout=300,
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}, check=False, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = re.findall(rf"^ *(\S.*?) +{NUMBER} +{NUMBER} +{NUMBER} MiB +{NUMBER} MiB +(.*?) *$", done.stdout, re.M)

@@ -83,7 +83,7 @@ def losses(folder: Path) -> dict[int, str]:
 def test_a_run_of_which_a_process_was_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
     pytest.importorskip("orbax.checkpoint")
     with start(tmp_path, "whole") as ranks:
-        assert ranks.wait(120) == [0, 0], ranks.said()
+        assert ranks.wait(240) == [0, 0], ranks.said()
     whole = losses(tmp_path)
     assert len(set(whole.values())) == LAST
     (tmp_path / "run").rename(tmp_path / "first")
@@ -102,7 +102,7 @@ def test_a_run_of_which_a_process_was_killed_goes_on_bit_for_bit(tmp_path: Path)
     assert {step: whole[step] for step in range(1, FATAL)} == losses(tmp_path)
 
     with start(tmp_path, "resumed") as ranks:
-        assert ranks.wait(120) == [0, 0], ranks.said()
+        assert ranks.wait(240) == [0, 0], ranks.said()
         assert f"from step {FATAL - 1}" in ranks.said()
     assert losses(tmp_path) == whole
 
@@ -140,7 +140,7 @@ def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        f"127.0.0.1:{port}", WORLD, rank, initialization_timeout=60, heartbeat_timeout_seconds=10
+        f"127.0.0.1:{port}", WORLD, rank, initialization_timeout=120, heartbeat_timeout_seconds=10
     )
     if sys.argv[1:]:
         folder = Path(sys.argv[1])

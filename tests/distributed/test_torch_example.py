@@ -23,7 +23,7 @@ def test_by_torchrun(tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
     options = ["--engine", "fsdp2", "--steps", 3, "--depth", 1, "--every", 2, "--checkpoint", tmp_path / "run"]
     with Ranks([*command, "-m", "examples.distributed.torch_engines", *map(str, options)], 1, tmp_path) as ranks:
-        assert ranks.wait(120) == [0], ranks.said()
+        assert ranks.wait(240) == [0], ranks.said()
         said = ranks.said()
     sizes = re.findall(r"^ +(\d) +(\S+) MiB +(\S+) MiB +(\S+) MiB +$", said, re.MULTILINE)
     assert [rank for rank, *_ in sizes] == ["0", "1"], said

@@ -128,7 +128,7 @@ def test_universal_checkpoint_goes_on_in_another_world(stage: int, outcomes: Out
     script = Path(__file__).with_name("zero_universal.py")
     for command in (convert, ["-W", "error", script, folder, stage]):
         with Ranks(command, 1, tmp_path, {"DS_ACCELERATOR": "cpu"}) as ranks:
-            assert ranks.wait(120) == [0], ranks.said()
+            assert ranks.wait(240) == [0], ranks.said()
 
 
 # --- a rank that is killed --------------------------------------------------------------------------------------------
@@ -155,11 +155,11 @@ def test_killed_in_the_middle_of_a_step(stage: int, tmp_path: Path) -> None:
             time.sleep(0.05)
         ranks.kill(1)
         ranks.kill()
-        assert undisturbed.wait(120) == [0, 0], undisturbed.said()
+        assert undisturbed.wait(240) == [0, 0], undisturbed.said()
     expected = losses_of(whole)
     assert [set(of) for of in losses_of(killed)] == [set(range(1, STEP))] * 2
     with run(killed, stage) as ranks:
-        assert ranks.wait(120) == [0, 0], ranks.said()
+        assert ranks.wait(240) == [0, 0], ranks.said()
     assert losses_of(killed) == expected
     assert len(expected[0]) == 9
 
