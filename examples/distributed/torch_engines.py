@@ -138,8 +138,7 @@ def table(shares: list[Share]) -> Table:
     for name in ("rank", "parameters", "optimizer", "activations held"):
         result.add_column(name, justify="right")
     for rank, share in enumerate(shares):
-        sizes = (f"{size / 2**20:.2f} MiB" for size in (share.parameters, share.optimizer, share.activations))
-        result.add_row(str(rank), *sizes)
+        result.add_row(str(rank), *map(torch_memory.mib, (share.parameters, share.optimizer, share.activations)))
     return result
 
 

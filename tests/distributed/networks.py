@@ -83,6 +83,15 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(self.embedding(tokens))))
 
 
+def with_lora(model: Any) -> Any:
+    """Return the model with adapters of peft's beside some of its linear layers; all else is frozen."""
+    import peft
+
+    torch.manual_seed(3)
+    config = peft.LoraConfig(target_modules=["qkv", "up"], init_lora_weights=False)
+    return peft.inject_adapter_in_model(config, model).double()
+
+
 def batches(rows: int = 4, steps: int = STEPS) -> list[Tensor]:
     """Return whole batches of tokens, (rows, time + 1) each: equal on every rank."""
     generator = torch.Generator().manual_seed(2)

@@ -23,6 +23,7 @@ A case must assert on every rank; a rank that fails while another waits for it b
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import signal
@@ -76,6 +77,12 @@ def shared_folder(rank: int) -> Path:
     name: list[str] = [tempfile.mkdtemp(dir=os.environ.get("REVCORE_OUTCOMES")) if rank == 0 else ""]
     dist.broadcast_object_list(name)
     return Path(name[0])
+
+
+@functools.cache
+def outcomes_folder() -> Path:
+    """Return where this process writes what becomes of cases: a new folder, if nobody said."""
+    return Path(os.environ.get("REVCORE_OUTCOMES") or tempfile.mkdtemp())
 
 
 class Ranks:
@@ -214,7 +221,7 @@ class Cases(dict[str, Case]):
 
     def agree_by_files(self, world: int) -> Callable[[str, str], bool]:
         """Return an ``agree`` for :meth:`run_each` that needs nothing but the folder in which outcomes are kept."""
-        folder = Path(os.environ.get("REVCORE_OUTCOMES") or tempfile.mkdtemp())
+        folder = outcomes_folder()
 
         def agree(name: str, problem: str) -> bool:
             end = time.monotonic() + (10 if problem else PATIENCE)  # others may wait for the one that failed
@@ -238,7 +245,7 @@ class Cases(dict[str, Case]):
 
         ``agree`` gets a case's name and what went wrong here, and tells whether it ended alike on all ranks.
         """
-        folder = Path(os.environ.get("REVCORE_OUTCOMES") or tempfile.mkdtemp())
+        folder = outcomes_folder()
         for name in json.loads(os.environ.get("REVCORE_CASES") or json.dumps(list(self))):
             before()
             try:

@@ -21,6 +21,7 @@ from networks import (
     part_of,
     train_alone,
     values_of,
+    with_lora,
 )
 from ranks import Cases, Outcomes
 from torch import Tensor, nn
@@ -149,13 +150,6 @@ def frozen(*parts: str) -> Change:
         return model
 
     return change
-
-
-def with_lora(model: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(3)
-    config = peft.LoraConfig(target_modules=["qkv", "up"], init_lora_weights=False)
-    return peft.inject_adapter_in_model(config, model).double()
 
 
 for name, change in {

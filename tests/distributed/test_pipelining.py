@@ -6,9 +6,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 import torch.nn.functional as F
-from networks import STEPS, Transformer, adamw, assert_close, batches, train_alone, values_of
+from networks import STEPS, Transformer, adamw, assert_close, batches, train_alone, values_of, with_lora
 from ranks import Cases, Outcomes
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -66,13 +65,6 @@ def tied(model: Any) -> Any:
     """Let two blocks of the second half have one weight."""
     model.blocks[4].qkv.weight = model.blocks[2].qkv.weight
     return model
-
-
-def with_lora(model: Any) -> Any:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(3)
-    config = peft.LoraConfig(target_modules=["qkv", "up"], init_lora_weights=False)
-    return peft.inject_adapter_in_model(config, model).double()
 
 
 def same_as_alone(cut: int, schedule: Any = Schedule1F1B, change: Any = lambda model: model, **settings: Any) -> Any:
