@@ -71,9 +71,19 @@ def undocumented(names: Mapping[str, Any], documented: Iterable[str], pages: str
 
 
 def methods(cls: type) -> list[str]:
-    """Return the public methods and properties that a class itself defines."""
+    """Return the public methods and properties that a class itself defines.
+
+    What it has from its base stays out even where a tool has set it again on the class, as ``nnx.tabulate`` does.
+
+    >>> class Heir(Page):
+    ...     feed = Page.feed
+    ...     def method(self): ...
+    >>> methods(Heir)
+    ['method']
+    """
     kinds = types.FunctionType, property, staticmethod, classmethod, functools.cached_property
-    return [name for name, member in vars(cls).items() if isinstance(member, kinds) and not name.startswith("_")]
+    own = {name: member for name, member in vars(cls).items() if isinstance(member, kinds) and name[0] != "_"}
+    return [name for name, member in own.items() if member is not getattr(cls.__base__, name, None)]
 
 
 class Page(HTMLParser):

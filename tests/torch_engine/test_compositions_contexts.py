@@ -300,12 +300,15 @@ def test_dispatch_mode(policy):
 
 
 class MakesTensors(nn.Module):
+    """Makes a tensor where and as torch does by default. (Not by ``linspace``: a model that transformers 5 has loaded
+    before in this process may leave it without a default device.)"""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.linear(x) * torch.linspace(0, 1, x.shape[1]).sqrt())
+        return torch.tanh(self.linear(x) * torch.eye(x.shape[1])[0].sub(1 / 3).cos())
 
 
 @modes.works(
