@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,8 +86,7 @@ class Transformer(nn.Module):
 
 def with_lora(model: Any) -> Any:
     """Return the model with adapters of peft's beside some of its linear layers; all else is frozen."""
-    import peft
-
+    peft = pytest.importorskip("peft")
     torch.manual_seed(3)
     config = peft.LoraConfig(target_modules=["qkv", "up"], init_lora_weights=False)
     return peft.inject_adapter_in_model(config, model).double()

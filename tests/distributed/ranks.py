@@ -40,6 +40,7 @@ from typing import Any
 import pytest
 
 PATIENCE = 120.0  # seconds that a collective waits for the other ranks
+SKIPPED = "skipped: "  # what went wrong, where a case says that it cannot run here
 LIMIT = 600.0  # seconds for a whole file: a test that hangs is to fail, not to stop everything
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -146,6 +147,8 @@ class Outcomes:
         if len(problems) != self.world:
             pytest.fail(f"{name!r} ended on {len(problems)} of {self.world} ranks:\n{self.said}")
         for rank, problem in enumerate(problems):
+            if problem.startswith(SKIPPED):
+                pytest.skip(problem.removeprefix(SKIPPED))
             if problem:
                 pytest.fail(f"on rank {rank}:\n{problem}")
 
@@ -251,6 +254,8 @@ class Cases(dict[str, Case]):
             try:
                 self[name](rank, world)
                 problem = ""
+            except pytest.skip.Exception as why:
+                problem = f"{SKIPPED}{why}"
             except Exception:
                 problem = traceback.format_exc()
                 print(problem, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -84,8 +83,7 @@ def freeze(net: Any) -> None:
 
 
 def adapt(net: Any) -> None:
-    import peft
-
+    peft = pytest.importorskip("peft")
     torch.manual_seed(3)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["qkv", "up"], init_lora_weights=False), net)
     net.double()
@@ -231,8 +229,6 @@ outcomes = CASES.fixture(__file__)
 
 @pytest.mark.parametrize("name", CASES)
 def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    if name == "LoRA" and importlib.util.find_spec("peft") is None:
-        pytest.skip("peft is not installed")
     outcomes.check(name)
 
 

@@ -45,8 +45,7 @@ def frozen(**settings: Any) -> nn.Module:
 
 
 def lora(**settings: Any) -> nn.Module:
-    import peft
-
+    peft = pytest.importorskip("peft")
     model = Transformer(**settings)
     options = peft.LoraConfig(r=2, target_modules=["qkv", "up", "down"])
     adapted: Any = peft.get_peft_model(model, options)  # type: ignore[arg-type]
