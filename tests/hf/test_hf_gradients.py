@@ -157,7 +157,8 @@ class Named(nn.Module):
         self.stop = 3
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in list(self.parts["layers"].values())[: self.stop]:
+        layers: Any = self.parts["layers"]
+        for layer in list(layers.values())[: self.stop]:
             x = layer(x)
         return x
 
