@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from revcore.errors import InversionError
 from revcore_torch import outside
-from revcore_torch.sharded import is_sharded
+from revcore_torch.sharded import is_flattened, is_sharded
 
 _thread = threading.local()
 _NOTHING = contextlib.nullcontext()
@@ -391,10 +391,16 @@ class Parameters:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self._places = [
-            (place, name, _identity(parameter))
-            for place in [m._parameters for m in modules if m._parameters]
-            for name, parameter in place.items()
+            (m, m._parameters, name, _identity(parameter))
+            for m in modules
+            if m._parameters
+            for name, parameter in m._parameters.items()
         ]
+
+    @property
+    def must_end(self) -> bool:
+        """Whether a run of the block may not stop halfway: FSDP1 takes it to be in its forward pass until it ends."""
+        return any(name == "_fsdp_wrapped_module" for _, name, _ in self._modules)
 
     def check(self, index: int) -> list[Tensor]:
         """Refuse to run block ``index`` again with other parameters; return those frozen or unfrozen since then."""
@@ -405,12 +411,12 @@ class Parameters:
                     f"pass (module {name} was replaced). Call backward before that"
                 )
         toggled = []
-        for place, name, then in self._places:
+        for module, place, name, then in self._places:
             now = _identity(place.get(name))
             if now == then:
                 continue
             if now[0] != then[0]:
-                if now[3] or then[3]:
+                if now[3] or then[3] or is_flattened(getattr(module, name, None)):
                     continue
                 cause = (
                     f"its parameters are other objects than in the forward pass ({name}). Under "

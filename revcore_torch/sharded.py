@@ -19,6 +19,12 @@ def is_sharded(parameter: Tensor) -> bool:
     return True
 
 
+def is_flattened(parameter: Tensor | None) -> bool:
+    """Return whether a parameter is one that FSDP1 holds in a flat one, or the view of it that a module runs with."""
+    base = parameter if parameter is None else parameter._base
+    return getattr(parameter, "_fsdp_flattened", False) or getattr(base, "_is_flat_param", False)
+
+
 @functools.cache
 def _count_steps() -> None:
     # A foreach or fused step, the default on GPUs, changes a DTensor and leaves its version as it was (torch 2.13), so

@@ -412,6 +412,7 @@ class Tape:
     def _replaying(self, frame: Frame, collected: list[Any], stop: bool = False) -> Iterator[None]:
         """Everything that makes the second run of a block equal the first (T6, T7)."""
         toggled = frame.parameters.check(frame.call.index)
+        stop = stop and not frame.parameters.must_end
         collect = _Collect(collected, len(frame.saved.metas) if stop else None, self._has_drawn, frame)
         around: list[contextlib.AbstractContextManager[Any]] = []
         if toggled:

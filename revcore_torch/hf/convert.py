@@ -14,7 +14,7 @@ from revcore.errors import SpecError
 from revcore.policy import Policy, Reverse
 from revcore_torch.hf.kinds import KindName, Settings, implied, settings
 from revcore_torch.hf.patch import Patch, Stack
-from revcore_torch.hf.stacks import find_stacks, owner_of
+from revcore_torch.hf.stacks import find_stacks, layers_of, owner_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -93,7 +93,7 @@ def make_reversible(
     made = [Stack(name, len(module), chosen, policy, stream_dtype) for name, module in found]
     _check_devices(model)
     for stack, (name, module) in zip(made, found, strict=True):
-        for number, layer in enumerate(module):
+        for number, layer in enumerate(layers_of(module)):
             layer.forward = Patch(stack, number, layer).forward  # type: ignore[method-assign]
         owner_of(model, name).register_forward_hook(stack._after_loop, always_call=True)
         module._register_state_dict_hook(stack._save)

@@ -9,9 +9,11 @@ from torch import nn
 
 from revcore.errors import SpecError
 
+Layers = nn.ModuleList | nn.ModuleDict
 
-def find_stacks(model: nn.Module, layers: str | Sequence[str] | None) -> list[tuple[str, nn.ModuleList]]:
-    """Return the lists of layers in ``model``, with their names.
+
+def find_stacks(model: nn.Module, layers: str | Sequence[str] | None) -> list[tuple[str, Layers]]:
+    """Return the lists of layers in ``model``, with their names; by name also an ``nn.ModuleDict`` of layers.
 
     A list is one whose items are all layers that Hugging Face could checkpoint (``GradientCheckpointingLayer``): each
     takes hidden states first and returns them. ``layers`` names lists instead.
@@ -19,7 +21,7 @@ def find_stacks(model: nn.Module, layers: str | Sequence[str] | None) -> list[tu
     Raises:
         SpecError: none is there, or no list has that name.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and module}
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, Layers) and len(module)}
     if layers is not None:
         names = [layers] if isinstance(layers, str) else list(layers)
         for name in names:
@@ -28,10 +30,12 @@ def find_stacks(model: nn.Module, layers: str | Sequence[str] | None) -> list[tu
         return [(name, lists[name]) for name in names]
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    found: list[tuple[str, nn.ModuleList]] = []
+    found: list[tuple[str, Layers]] = []
     for name, module in lists.items():
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if not inside and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+        if isinstance(module, nn.ModuleDict) or inside:
+            continue
+        if all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
             found.append((name, module))
     if not found:
         raise SpecError(
@@ -41,9 +45,20 @@ def find_stacks(model: nn.Module, layers: str | Sequence[str] | None) -> list[tu
     return found
 
 
+def layers_of(module: Layers) -> list[nn.Module]:
+    """Return the layers themselves, in their order."""
+    return [*module.values()] if isinstance(module, nn.ModuleDict) else [*module]
+
+
 def owner_of(model: nn.Module, name: str) -> nn.Module:
     """Return the module whose forward loops over the list ``name``."""
-    return model.get_submodule(name.rpartition(".")[0])
+    owner: nn.Module = model
+    while name:
+        name = name.rpartition(".")[0]
+        owner = model.get_submodule(name)
+        if not isinstance(owner, Layers):  # those are never called
+            break
+    return owner
 
 
 def _named(lists: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from networks import (
     MLP,
+    Attention,
     Transformer,
     adamw,
     assert_close,
@@ -222,6 +223,32 @@ def one_process_goes_on_with_what_two_saved(rank: int, world: int) -> None:
     alone = Transformer(reversible=False).double()
     train_alone(alone, batches())
     assert_close(values_of(one), values_of(alone))
+
+
+def fsdp1(use_orig_params: bool, policy: Any) -> Callable[[int, int], None]:
+    """Return a case: FSDP2's elder, which runs modules with views of one flat parameter in the place of their own."""
+
+    def case(rank: int, world: int) -> None:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        alone, model = Transformer(reversible=False).double(), Transformer(policy=policy).double()
+        train_alone(alone, batches())
+        whole = FullyShardedDataParallel(
+            model, auto_wrap_policy=ModuleWrapPolicy({Attention, MLP}), use_orig_params=use_orig_params,
+            device_id=torch.device("cpu"),
+        )  # fmt: skip
+        train(whole, batches(), rank, world)
+        with FullyShardedDataParallel.summon_full_params(whole):
+            values = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in values_of(whole).items()}
+        assert_close(values, values_of(alone))
+
+    return case
+
+
+for use_orig_params in (True, False):
+    CASES.add(f"FSDP1, use_orig_params={use_orig_params}", fsdp1(use_orig_params, Reverse()))
+CASES.add("FSDP1, checkpointed", fsdp1(True, Checkpoint()))
 
 
 outcomes = CASES.fixture(__file__)

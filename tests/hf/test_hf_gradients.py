@@ -14,6 +14,7 @@ from helpers import tree_error
 from hf_models import FAMILIES, by_hand, inputs, make
 from torch import nn
 
+from revcore import SpecError
 from revcore_torch import Checkpoint, Reverse, StoreAll, is_recomputing
 from revcore_torch.hf import make_reversible, stacks
 from revcore_torch.hf.patch import Patch
@@ -144,3 +145,32 @@ def test_a_momentum_net_of_500_layers_is_finite() -> None:
     y = model(x)
     y.square().sum().backward()
     assert all(t is not None and t.isfinite().all() for t in (y, x.grad, *(p.grad for p in model.parameters())))
+
+
+class Named(nn.Module):
+    """As torchtitan and nanoGPT write it: layers by name, and inside of a dictionary that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = nn.ModuleDict({str(i): nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for i in range(3)})
+        self.parts = nn.ModuleDict({"layers": layers})
+        self.stop = 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers: Any = self.parts["layers"]
+        for layer in list(layers.values())[: self.stop]:
+            x = layer(x)
+        return x
+
+
+def test_a_dictionary_of_layers() -> None:
+    x, results = torch.randn(2, 4, dtype=torch.float64), []
+    for policy in (Reverse(), StoreAll()):
+        torch.manual_seed(0)
+        model = make_reversible(Named().double(), "momentum", beta=0.5, layers="parts.layers", policy=policy)
+        model(x).square().sum().backward()
+        results.append([p.grad for p in model.parameters()])
+    assert all(r is not None and torch.allclose(r, s, rtol=1e-12) for r, s in zip(*results, strict=True))
+    model.stop = 2
+    with pytest.raises(SpecError, match="layers 0 to 1 of 3 were called"):
+        model(x)
