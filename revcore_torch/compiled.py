@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 from torch.func import functional_call, vjp
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
@@ -390,8 +391,8 @@ def _obstacle(
     modules = [m for block in blocks for m in replay.modules_of(block)]
     if any(m._backward_hooks or m._backward_pre_hooks for m in modules):
         return "hooks"
-    if any(hasattr(p, "device_mesh") for m in modules for p in m.parameters(recurse=False)):
-        return "sharded"
+    if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for m in modules for p in m.parameters(recurse=False)):
+        return "sharded"  # ZeRO-3's hooks, too, are for real parameters alone
     if reversing and any(isinstance(m, _NormBase) and m.training and m.track_running_stats for m in modules):
         return "buffers"
     try:
@@ -425,7 +426,10 @@ def _try(
         return "random"
     if any(b._version != version for b, version in buffers):
         return "buffers"
-    leaves = [node.variable for node in nodes_of(streams) if hasattr(node, "variable")]
+    nodes = [*nodes_of(streams)]
+    if any(isinstance(node, BackwardCFunction) for node in nodes):
+        return "function"
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
     return "closure" if any(id(leaf) not in known for leaf in leaves) else None
 
 
@@ -465,6 +469,8 @@ _WHY = {
     "random": "a block draws random numbers, and the graph cannot draw the same again: call eval(), set p=0",
     "buffers": "a block changes its buffers (batch statistics, a power iteration), which must happen once: call eval()",
     "aux": "a block returns more than its f",
+    # dynamo (torch 2.13) says of needs_input_grad inside torch.func.vjp that nothing wants a gradient
+    "function": "a block calls a torch.autograd.Function, whose backward may ask for ctx.needs_input_grad",
     "closure": "a block closes over a tensor that wants a gradient: hand it in as an argument",
     "hooks": "a block has backward hooks, or hooks that change saved tensors",
     "sharded": "a block's parameters are sharded",

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from revcore.errors import SpecError
 from revcore.policy import MemoryBudget, Policy, StepPolicy, StoreAll, check_policy
 from revcore_torch import signatures
-from revcore_torch.hf import caches
+from revcore_torch.hf import caches, engines
 from revcore_torch.hf.kinds import Settings
+from revcore_torch.replay import is_recomputing
 from revcore_torch.session import Session
 from revcore_torch.steps import dtype_of, gathered, spread
 from revcore_torch.watch import is_faking
@@ -146,7 +147,12 @@ class Residual(nn.Module):
         self.in_tuple = False  # whether the layer returns its hidden states in one
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = plain_forward(self.layer, x, *args, **kwargs)
+        if is_recomputing():
+            with engines.gathered(self.layer, (x, *args), kwargs) as done:
+                out = plain_forward(self.layer, x, *args, **kwargs)
+                done(out)
+        else:
+            out = plain_forward(self.layer, x, *args, **kwargs)
         self.in_tuple = isinstance(out, tuple)
         return (out[0] - x, *out[1:]) if isinstance(out, tuple) else out - x
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -120,6 +121,17 @@ def a_wrong_gradient_is_seen(rank: int, world: int) -> None:
     train(engine, data, rank, world)
     with pytest.raises(AssertionError, match="off by"):
         assert_close(trained(engine), expected, TOLERANCE)
+
+
+@CASES
+def compiled(rank: int, world: int) -> None:
+    data, expected = alone("plain")
+    engine = engine_of(Transformer(), 3)
+    engine.compile(backend="eager")
+    with warnings.catch_warnings():  # dynamo has many, of DeepSpeed's hooks
+        warnings.simplefilter("ignore")
+        train(engine, data, rank, world)
+    assert_close({name.replace("_orig_mod.", ""): p for name, p in trained(engine).items()}, expected, TOLERANCE)
 
 
 @CASES

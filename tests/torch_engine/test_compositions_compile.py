@@ -270,6 +270,42 @@ def test_compiled_statistics(model):
     return [x.grad]
 
 
+class Careful(torch.autograd.Function):
+    """Tells only what somebody wants: as DeepSpeed's linear layer, which ZeRO-3 puts in the place of PyTorch's."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.t()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return grad @ weight if wanted[0] else None, grad.t() @ x if wanted[1] else None
+
+
+class ByFunction(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return Careful.apply(input.tanh(), self.weight) + self.bias
+
+
+@two.same(
+    "a `torch.autograd.Function` that asks `ctx.needs_input_grad`",
+    make=lambda width: ByFunction(width, width),
+    settings=REVERSE,
+    depth=SHORT,
+)
+def test_compiled_function(model):
+    x = make_input()
+    run = torch.compile(model, backend="aot_eager") if isinstance(model, ReversibleSequential) else model
+    run(x).pow(2).sum().backward()
+    return [x.grad]
+
+
 @two.same("a whole training step: forward, backward and optimizer", settings=REVERSE, depth=SHORT)
 def test_training_step(model):
     return _steps(model)
