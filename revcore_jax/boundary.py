@@ -24,7 +24,7 @@ from revcore.program import Program
 from revcore.step import Bijection, Chain, Couple, Repeat, Step
 from revcore_jax.plan import children, flat, size, written
 from revcore_jax.retain import check_host_memory
-from revcore_jax.trees import Block, Hoisted, Traced, is_array, is_inexact, take, widened
+from revcore_jax.trees import Block, Hoisted, Traced, is_array, is_inexact, spec, take, widened
 
 _KIND = "JAX array"
 
@@ -238,6 +238,12 @@ def couple(step: Couple, slot: Any, place: int, index: int, leaves: Any, shared:
     check_block_output(place, f, target, is_array, _KIND)
     y = step.coupling.forward(target, f)
     check_coupled(index, y, target)
+    if spec(y) != spec(target):
+        raise SpecError(
+            f"step {index} turned a stream that is cut over devices as {spec(target)} into one that is cut as "
+            f"{spec(y)}: on explicit axes of a mesh a stream keeps its sharding, which is part of its type. Write "
+            f"jax.sharding.reshard(stream, {spec(y)}) before the network, or reshard what the block returns"
+        )
     return y, aux
 
 

@@ -48,6 +48,7 @@ from revcore_jax.trees import (
     add,
     fence,
     is_inexact,
+    laid,
     mask_float0,
     narrowed,
     pullback,
@@ -570,10 +571,10 @@ def _coupling_vjp(coupling: Coupling, x: Any, f: Any, gy: Any) -> tuple[Any, Any
 
 
 def _cast(gradient: Any, like: Any) -> Any:
-    """A block may be narrower than its stream, and a cotangent has its value's dtype."""
+    """A block may be narrower than its stream, or laid otherwise, and a cotangent has its value's type."""
     if jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(like):
         gradient = gradient.real
-    return gradient.astype(like.dtype)
+    return laid(gradient.astype(like.dtype), like)
 
 
 def _replace(streams: Streams, index: int, value: Any) -> Streams:

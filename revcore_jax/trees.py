@@ -11,6 +11,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, reshard
 
 from revcore.checks import check_held, check_input_dtypes, check_stream_dtype
 from revcore.errors import SpecError
@@ -240,6 +241,23 @@ def varying(leaf: Any) -> frozenset[Any]:
 
 def _axes(aval: Any) -> frozenset[Any]:
     return frozenset(aval.manual_axis_type.varying)
+
+
+# --- explicit sharding ------------------------------------------------------------------------------------------------
+
+
+def laid(array: Any, like: Any) -> Any:
+    """Return ``array`` cut over a mesh's explicit axes as ``like`` is; there, that is part of a type.
+
+    Of a whole and a cut array JAX makes a cut one, so what comes back for the whole one has to be gathered.
+    """
+    to = spec(like)
+    return array if spec(array) == to else reshard(array, NamedSharding(jax.typeof(array).sharding.mesh, to))
+
+
+def spec(array: Any) -> Any:
+    """Return how ``array`` is cut over explicit axes, one entry for each axis of its own."""
+    return jax.typeof(array).sharding.spec
 
 
 # --- what blocks close over -------------------------------------------------------------------------------------------

@@ -22,13 +22,14 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from revcore import Reverse, StoreAll
+from revcore import Reverse, SpecError, StoreAll
 from revcore_jax import reversible
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from plain_network import (  # noqa: E402 (where a script finds it)
     KINDS,
     PROGRAMS,
+    Kind,
     Net,
     arrays,
     assert_equal_networks,
@@ -77,6 +78,17 @@ def data_parallel_explicit_axes(net: Net, p: Any, x: Any) -> Any:
     devices = mesh(explicit=True, data=DEVICES)
     with jax.set_mesh(devices):
         return jax.jit(gradient(net, block=centred))(put(p, devices, P()), put(x, devices, P("data", None)))
+
+
+def whole_outputs_explicit_axes(net: Net, p: Any, x: Any) -> Any:
+    """Blocks return whole arrays, streams are cut: the gradient of the one does not lie as that of the other."""
+    devices = mesh(explicit=True, data=DEVICES)
+
+    def block(q: Any, z: Any) -> Any:
+        return jax.sharding.reshard(centred(q, z), P(None, None))
+
+    with jax.set_mesh(devices):
+        return jax.jit(gradient(net, block=block))(put(p, devices, P()), put(x, devices, P("data", None)))
 
 
 def tensor_parallel(net: Net, p: Any, x: Any) -> Any:
@@ -220,8 +232,9 @@ CASES: dict[str, tuple[Case, Callable[..., Any]]] = {
     case.__name__.replace("_", " "): (case, block)
     for block, cases in {
         centred: [
-            data_parallel, data_parallel_explicit_axes, tensor_parallel, sharding_constraint_in_a_block,
-            shard_map, shard_map_unchecked, psum_in_a_block, psum_in_a_block_unchecked, shard_map_in_a_block,
+            data_parallel, data_parallel_explicit_axes, whole_outputs_explicit_axes, tensor_parallel,
+            sharding_constraint_in_a_block, shard_map, shard_map_unchecked, psum_in_a_block, psum_in_a_block_unchecked,
+            shard_map_in_a_block,
         ],
         mlp: [vmap_with_spmd_axis_name, gradient_in_a_shard_map, pmap],
     }.items()
@@ -277,6 +290,18 @@ def test_on_eight_devices(name: str, dtype: str, kind: str, failures: dict[str, 
 def test_exact_on_eight_devices(name: str, failures: dict[str, str]) -> None:
     if problem := failures[name]:
         pytest.fail(problem)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_that_changes_its_sharding_is_refused(kind: Kind) -> None:
+    devices = mesh(explicit=True, data=1)
+
+    def block(q: Any, z: Any) -> Any:
+        return jax.sharding.reshard(mlp(q, z), P("data", None))
+
+    p, x = arrays(kind, "float32")
+    with jax.set_mesh(devices), pytest.raises(SpecError, match=r"step 0 turned .*reshard\(stream, P\('data', None\)\)"):
+        gradient(Net(kind, ours=True), block=block)(p, put(x, devices, P(None, None)))
 
 
 if __name__ == "__main__":
