@@ -236,6 +236,25 @@ def test_autocast_and_wide_streams() -> None:
     assert out.logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("policy", [Reverse(), StoreAll()], ids=["reverse", "store"])
+def test_wide_streams_pass_an_identity_between_layers(policy: Any) -> None:
+    """A full backward hook puts one there, as FSDP2 and ZeRO-3 do: it sees the gradient, and none of it is lost."""
+
+    def run(hooks: bool, stream_dtype: str | None = "float64") -> tuple[dict[str, Any], dict[str, Any]]:
+        model = make("bert", dtype=torch.float32).eval()
+        make_reversible(model, "momentum", beta=0.5, policy=policy, stream_dtype=stream_dtype)
+        seen: dict[str, Any] = {}
+        for i, layer in enumerate(model.bert.encoder.layer if hooks else ()):
+            layer.register_full_backward_hook(lambda _, into, out, i=i: seen.update({f"{i}": into[0], f"{i}+": out[0]}))
+        model(**inputs("bert", torch.float32)).loss.backward()
+        return gradients(model), seen
+
+    (found, seen), (expected, _), (_, ordinary) = run(True), run(False), run(True, None)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert len(seen) == 6
+    assert tree_error(seen, ordinary) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's, at its breaks
 @pytest.mark.parametrize("whole", [True, False], ids=["the model", "each layer"])
 def test_compiled_gradients_are_the_same(whole: bool) -> None:
