@@ -164,7 +164,7 @@ class Session:
 
 
 class _Through(torch.autograd.Function):
-    """A wide stream, whose gradient goes by way of the narrow one that the loop holds, as far as that has digits for it.
+    """A wide stream, whose gradient goes by way of the narrow one that the loop holds, as far as that has digits.
 
     So hooks between the layers see the gradient of the ordinary network, and the wide stream gets all of it.
     """
