@@ -415,7 +415,8 @@ class Parameters:
                 cause = (
                     f"its parameters are other objects than in the forward pass ({name}). Under "
                     "torch.func.functional_call, take the gradient inside it (torch.func.grad), or call backward "
-                    "before the parameters are swapped back"
+                    "before the parameters are swapped back. FullyShardedDataParallel (FSDP's first) swaps them, "
+                    "too: use fully_shard (in Accelerate and Trainer: fsdp_version=2)"
                 )
                 raise InversionError(f"block of step {index} cannot be run again: {cause}")
             if then[1] not in (now[1], _UNBORN):

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import revcore
+from revcore import InversionError
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
 
 CASES = Cases(world=2)
@@ -194,6 +195,16 @@ def hugging_face(rank: int, world: int) -> None:
             fully_shard(layer, mesh=line())
         train(fully_shard(model, mesh=line()), rank, world)
         assert_close(wholes(model), values_of(alone), tolerance)
+
+
+@CASES
+def the_first_version_is_refused_where_it_changes_parameters(rank: int, world: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(Transformer(), use_orig_params=True, device_id=torch.device("cpu"))
+    loss = loss_of(model, part_of(batches()[0], rank, world))
+    with pytest.raises(InversionError, match="use fully_shard"):
+        loss.backward()
 
 
 @CASES
