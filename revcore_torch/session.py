@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from revcore.errors import SpecError
@@ -106,14 +107,17 @@ class Session:
     def _take(self, stream: Tensor) -> None:
         if stream is self.given:
             return
-        # engines (FSDP, ZeRO) put an identity of their own between layers, through which gradients are to go
-        if self.dtypes is not None or not _is_same(stream, self.given):
+        # engines (FSDP, ZeRO) and backward hooks put an identity of their own between layers, through which gradients
+        # are to go
+        if not _is_same(stream, self.given):
             raise SpecError(
                 f"layer {self.done} got other hidden states than the layer before it returned: something changes them "
                 "between the layers, so they could not be rebuilt. Do it inside a layer, or make the model plain again"
-                + (" (or leave out stream_dtype)" if self.dtypes is not None else "")
             )
         i = self._source
+        if self.dtypes is not None:
+            wide = self.streams[i]
+            stream = _Through.apply(wide, stream) if stream.requires_grad else wide.detach()  # type: ignore[assignment]
         self.streams = (*self.streams[:i], stream, *self.streams[i + 1 :])
 
     def _run(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -157,6 +161,23 @@ class Session:
         output = self.join(tuple(streams[i] for i in self.program.output))
         self.tapes, self.tape, self.streams = [], None, ()
         return narrowed(output, self.dtypes)
+
+
+class _Through(torch.autograd.Function):
+    """A wide stream, whose gradient goes by way of the narrow one that the loop holds, as far as that has digits.
+
+    So hooks between the layers see the gradient of the ordinary network, and the wide stream gets all of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, wide: Tensor, narrow: Tensor) -> Tensor:
+        ctx.narrow = narrow.dtype
+        return wide.view_as(wide)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        shown = grad.to(ctx.narrow)
+        return grad - shown.to(grad.dtype), shown
 
 
 def _by_step(policy: StepPolicy | Sequence[StepPolicy], size: int) -> StepPolicy | Sequence[StepPolicy]:

@@ -94,7 +94,8 @@ def make_reversible(
     _check_devices(model)
     for stack, (name, module) in zip(made, found, strict=True):
         for number, layer in enumerate(layers_of(module)):
-            layer.forward = Patch(stack, number, layer).forward  # type: ignore[method-assign]
+            patch = Patch(stack, number, layer)
+            layer.forward, layer._revcore = patch.forward, patch  # type: ignore[assignment]
         owner_of(model, name).register_forward_hook(stack._after_loop, always_call=True)
         module._register_state_dict_hook(stack._save)
         module.register_load_state_dict_pre_hook(stack._load)
@@ -106,15 +107,26 @@ def make_reversible(
 def make_plain(model: Model) -> Model:
     """Undo :func:`make_reversible`, in place, and return the model; its weights stay as they are.
 
+    Raises:
+        SpecError: something else put a forward of its own around a layer's since.
+
     >>> import transformers
     >>> config = transformers.BertConfig(num_hidden_layers=3, hidden_size=32, num_attention_heads=2)
     >>> model = make_reversible(transformers.BertModel(config), "revnet")
     >>> stacks(make_plain(model))
     []
     """
+    for name, module in model.named_modules():
+        if (patch := _patch(module)) is not None and not patch.is_outermost:
+            raise SpecError(
+                f"{name}.forward was replaced after make_reversible (Accelerate's hooks do that), so it cannot be put "
+                "back: take that out first, e.g. with accelerate.hooks.remove_hook_from_submodules(model)"
+            )
     for module in model.modules():
-        if _patch(module) is not None:
-            del module.forward
+        if (patch := _patch(module)) is not None:
+            del module.forward, module._revcore
+            if patch.own is not None:
+                module.forward = patch.own  # type: ignore[method-assign]
         hooks = module._forward_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks
         for registered in hooks:
             for key, hook in [*registered.items()]:
@@ -159,8 +171,8 @@ def plain(model: nn.Module) -> Iterator[None]:
 
 
 def _patch(module: nn.Module) -> Patch | None:
-    patch = getattr(module.__dict__.get("forward"), "__self__", None)
-    return patch if isinstance(patch, Patch) else None
+    patch: Patch | None = module.__dict__.get("_revcore")
+    return patch if "forward" in module.__dict__ else None
 
 
 def _saved(model: nn.Module) -> Settings:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -141,40 +141,50 @@ def _sessions() -> weakref.WeakKeyDictionary[Stack, Session]:
 class Residual(nn.Module):
     """``f(x) = layer(x) − x``; a block of the program."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, own: Callable[..., Any] | None) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.own = layer, own
         self.in_tuple = False  # whether the layer returns its hidden states in one
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if is_recomputing():
             with engines.gathered(self.layer, (x, *args), kwargs) as done:
-                out = plain_forward(self.layer, x, *args, **kwargs)
+                out = self.plain_forward(x, *args, **kwargs)
                 done(out)
         else:
-            out = plain_forward(self.layer, x, *args, **kwargs)
+            out = self.plain_forward(x, *args, **kwargs)
         self.in_tuple = isinstance(out, tuple)
         return (out[0] - x, *out[1:]) if isinstance(out, tuple) else out - x
 
-
-def plain_forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a layer as its class has it, and without Hugging Face's checkpointing: it is rebuilt already."""
-    checkpointing = layer.__dict__.get("gradient_checkpointing")
-    if not checkpointing:
-        return type(layer).forward(layer, *args, **kwargs)
-    layer.gradient_checkpointing = False
-    try:
-        return type(layer).forward(layer, *args, **kwargs)
-    finally:
-        layer.gradient_checkpointing = checkpointing
+    def plain_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the layer as it was, and without Hugging Face's checkpointing: it is rebuilt already."""
+        layer: Any = self.layer
+        forward = self.own or functools.partial(type(layer).forward, layer)  # FSDP2 changes the type later
+        checkpointing = layer.__dict__.get("gradient_checkpointing")
+        if not checkpointing:
+            return forward(*args, **kwargs)
+        layer.gradient_checkpointing = False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            layer.gradient_checkpointing = checkpointing
 
 
 class Patch:
-    """Holds a layer's new ``forward``; copied and pickled with the layer."""
+    """Holds a layer's new ``forward``; copied and pickled with the layer.
+
+    ``own`` is a forward that the layer had of its own before, as Accelerate's hooks give it one.
+    """
 
     def __init__(self, stack: Stack, number: int, layer: nn.Module) -> None:
         self.stack, self.number, self.layer = stack, number, layer
-        self.residual = Residual(layer)
+        self.own: Callable[..., Any] | None = layer.__dict__.get("forward")
+        self.residual = Residual(layer, self.own)
+
+    @property
+    def is_outermost(self) -> bool:
+        """Whether nobody put a forward of theirs around this one since."""
+        return getattr(self.layer.forward, "__self__", None) is self
 
     @property
     def _block(self) -> nn.Module:
@@ -189,7 +199,8 @@ class Patch:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stack, layer = self.stack, self.layer
         if not stack.enabled or (stack.settings.kind == "bdia" and not layer.training):
-            return type(layer).forward(layer, *args, **kwargs)
+            ordinary = self.own or functools.partial(type(layer).forward, layer)
+            return ordinary(*args, **kwargs)
         if not args:
             args = (kwargs.pop("hidden_states"),)
         x, *rest = args
@@ -204,7 +215,13 @@ class Patch:
         if session is None or session.done != self.number:
             came = "before layer 0" if session is None else f"after layer {session.done - 1}"
             stack._close()
-            raise SpecError(f"{stack.name}: layer {self.number} was called {came}, expected one after the other")
+            hint = ""
+            if torch._C._current_graph_task_id() != -1:
+                hint = (
+                    ". This is a backward pass: something checkpoints each layer by itself (FSDP's "
+                    "activation_checkpointing, checkpoint_wrapper). Leave that out: their inputs are rebuilt"
+                )
+            raise SpecError(f"{stack.name}: layer {self.number} was called {came}, expected one after the other{hint}")
         try:
             if session.records:
                 rest, kwargs = caches.without(rest, kwargs)

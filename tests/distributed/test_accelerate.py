@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from held import Held
-from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, train_alone, values_of
+from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, part_of, train_alone, values_of
 from ranks import Cases, Outcomes, shared_folder
+from sharding import VIEW, wholes
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from revcore import SpecError
@@ -20,9 +23,11 @@ from revcore_torch import Reverse, StoreAll
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 CASES = Cases(world=2)
+
+warnings.filterwarnings("ignore", VIEW)
 
 
 def prepared(model: nn.Module, **settings: Any) -> tuple[Accelerator, Any, Any, Any]:
@@ -137,6 +142,36 @@ def an_optimizer_in_the_backward_pass_is_refused(rank: int, world: int) -> None:
     with pytest.raises(SpecError, match=r"DistributedDataParallel.*leave fused_optimizer out"):
         train(*prepared(made))
     assert_close(values_of(made), before, tolerance=0.0)
+
+
+@CASES
+def sharding_as_where_there_are_accelerators(rank: int, world: int) -> None:
+    """Accelerate is told that the CPU is one, and its own code wraps the blocks. Last, for its state stays behind."""
+    alone = Transformer(reversible=False).double()
+    train_alone(alone, batches(), clipped)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU))
+        patch.setattr(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu")))
+        patch.setenv("ACCELERATE_USE_FSDP", "false")  # the plugin sets it, for the rest of the process
+        for more in ({}, {"cpu_ram_efficient_loading": True}, {"activation_checkpointing": True}):
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+                transformer_cls_names_to_wrap=["Attention", "MLP"], **more,
+            )  # fmt: skip
+            accelerator = Accelerator(fsdp_plugin=plugin)
+            made = Transformer().double()
+            model, optimizer = accelerator.prepare(made, adamw(made.parameters()))
+            assert accelerator.distributed_type is DistributedType.FSDP
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+            for batch in batches():
+                accelerator.backward(loss_of(model, part_of(batch, rank, world)))
+                assert accelerator.clip_grad_norm_(model.parameters(), CLIP) > 2 * CLIP  # type: ignore[operator]
+                optimizer.step()
+                optimizer.zero_grad()
+            ours = {name.replace("_checkpoint_wrapped_module.", ""): p for name, p in wholes(model).items()}
+            assert_close(ours, values_of(alone))
 
 
 outcomes = CASES.fixture(__file__)

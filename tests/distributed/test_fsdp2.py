@@ -180,19 +180,22 @@ def hugging_face(rank: int, world: int) -> None:
             model(input_ids=rows, labels=rows).loss.backward()
             optimizer.step()
 
-    models: list[Any] = []
-    # under Checkpoint layers run again that FSDP2 has not gathered for their own backward pass
-    for policy in (StoreAll(), Reverse(), Checkpoint(every=2)):
-        torch.manual_seed(1)
-        model = transformers.LlamaForCausalLM(config).double()
-        models.append(make_reversible(model, "momentum", beta=0.5, policy=policy))
-    alone, *parted = models
-    train(alone, 0, 1)
-    for model in parted:
+    # under Checkpoint layers run again that FSDP2 has not gathered for their own backward pass; wide streams must pass
+    # what FSDP2 puts around each layer
+    ways = [(torch.float64, None, 1e-11, Checkpoint(every=2)), (torch.float64, None, 1e-11, Reverse())]
+    ways += [(torch.float32, "float64", 1e-6, Reverse())]
+    for dtype, wide, tolerance, policy in ways:
+        models: list[Any] = []
+        for each in (StoreAll(), policy):
+            torch.manual_seed(1)
+            model = transformers.LlamaForCausalLM(config).to(dtype)
+            models.append(make_reversible(model, "momentum", beta=0.5, policy=each, stream_dtype=wide))
+        alone, model = models
+        train(alone, 0, 1)
         for layer in model.model.layers:
             fully_shard(layer, mesh=line())
         train(fully_shard(model, mesh=line()), rank, world)
-        assert_close(wholes(model), values_of(alone), 1e-11)
+        assert_close(wholes(model), values_of(alone), tolerance)
 
 
 @CASES
@@ -227,18 +230,18 @@ def one_process_goes_on_with_what_two_saved(rank: int, world: int) -> None:
     assert_close(values_of(one), values_of(alone))
 
 
-def fsdp1(use_orig_params: bool, policy: Any) -> Callable[[int, int], None]:
+def fsdp1(use_orig_params: bool, policy: Any = None, each: bool = True) -> Callable[[int, int], None]:
     """Return a case: FSDP2's elder, which runs modules with views of one flat parameter in the place of their own."""
 
     def case(rank: int, world: int) -> None:
         from torch.distributed.fsdp import FullyShardedDataParallel
         from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-        alone, model = Transformer(reversible=False).double(), Transformer(policy=policy).double()
+        alone, model = Transformer(reversible=False).double(), Transformer(policy=policy or Reverse()).double()
         train_alone(alone, batches())
         whole = FullyShardedDataParallel(
-            model, auto_wrap_policy=ModuleWrapPolicy({Attention, MLP}), use_orig_params=use_orig_params,
-            device_id=torch.device("cpu"),
+            model, auto_wrap_policy=ModuleWrapPolicy({Attention, MLP}) if each else None,
+            use_orig_params=use_orig_params, device_id=torch.device("cpu"),
         )  # fmt: skip
         train(whole, batches(), rank, world)
         with FullyShardedDataParallel.summon_full_params(whole):
@@ -249,8 +252,9 @@ def fsdp1(use_orig_params: bool, policy: Any) -> Callable[[int, int], None]:
 
 
 for use_orig_params in (True, False):
-    CASES.add(f"FSDP1, use_orig_params={use_orig_params}", fsdp1(use_orig_params, Reverse()))
+    CASES.add(f"FSDP1, use_orig_params={use_orig_params}", fsdp1(use_orig_params))
 CASES.add("FSDP1, checkpointed", fsdp1(True, Checkpoint()))
+CASES.add("FSDP1, the root alone", fsdp1(True, each=False))
 
 
 outcomes = CASES.fixture(__file__)

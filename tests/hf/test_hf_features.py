@@ -236,6 +236,25 @@ def test_autocast_and_wide_streams() -> None:
     assert out.logits.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("policy", [Reverse(), StoreAll()], ids=["reverse", "store"])
+def test_wide_streams_pass_an_identity_between_layers(policy: Any) -> None:
+    """A full backward hook puts one there, as FSDP2 and ZeRO-3 do: it sees the gradient, and none of it is lost."""
+
+    def run(hooks: bool, stream_dtype: str | None = "float64") -> tuple[dict[str, Any], dict[str, Any]]:
+        model = make("bert", dtype=torch.float32).eval()
+        make_reversible(model, "momentum", beta=0.5, policy=policy, stream_dtype=stream_dtype)
+        seen: dict[str, Any] = {}
+        for i, layer in enumerate(model.bert.encoder.layer if hooks else ()):
+            layer.register_full_backward_hook(lambda _, into, out, i=i: seen.update({f"{i}": into[0], f"{i}+": out[0]}))
+        model(**inputs("bert", torch.float32)).loss.backward()
+        return gradients(model), seen
+
+    (found, seen), (expected, _), (_, ordinary) = run(True), run(False), run(True, None)
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert len(seen) == 6
+    assert tree_error(seen, ordinary) < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's, at its breaks
 @pytest.mark.parametrize("whole", [True, False], ids=["the model", "each layer"])
 def test_compiled_gradients_are_the_same(whole: bool) -> None:
@@ -323,6 +342,54 @@ def test_a_loop_that_does_not_call_layer_after_layer(options: Any, words: str) -
     with pytest.raises(SpecError, match=words):
         model(torch.randn(5, 4))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpointing_each_layer_is_refused_in_words() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper  # FSDP's
+
+    model = momentum("bert")
+    layers = model.bert.encoder.layer
+    for i, layer in enumerate([*layers]):
+        layers[i] = checkpoint_wrapper(layer, preserve_rng_state=False)
+    loss = model(**inputs("bert")).loss
+    with pytest.raises(SpecError, match=r"layer 2 was called before layer 0.*Leave that out"):
+        loss.backward()
+
+
+def test_a_forward_of_the_layers_own_is_kept() -> None:
+    """Such as Accelerate's hooks, which may come before or after."""
+
+    class Count:
+        def __init__(self, layer: Any) -> None:
+            self.inner, self.calls = layer.forward, 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return self.inner(*args, **kwargs)
+
+    model = make("bert")
+    layer = model.bert.encoder.layer[1]
+    first = Count(layer)
+    layer.forward = first.forward
+    make_reversible(model, "momentum", beta=0.5)
+    model(**inputs("bert")).loss.backward()
+    assert first.calls == 2
+    make_plain(model)(**inputs("bert"))
+    assert first.calls == 3
+
+    make_reversible(model, "momentum", beta=0.5)
+    later = Count(layer)
+    layer.forward = later.forward
+    model(**inputs("bert")).loss.backward()
+    assert (later.calls, first.calls) == (1, 5)
+    assert len(stacks(model)) == 1
+    with pytest.raises(SpecError, match="reversible already"):
+        make_reversible(model, "momentum", beta=0.5)
+    with pytest.raises(SpecError, match=r"bert\.encoder\.layer\.1\.forward was replaced after make_reversible"):
+        make_plain(model)
+    layer.forward = later.inner
+    make_plain(model)
+    assert stacks(model) == []
 
 
 def test_layers_that_were_called_by_themselves_are_forgotten() -> None:
