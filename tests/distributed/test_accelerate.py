@@ -153,7 +153,8 @@ def sharding_as_where_there_are_accelerators(rank: int, world: int) -> None:
         patch.setattr(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU))
         patch.setattr(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu")))
         patch.setenv("ACCELERATE_USE_FSDP", "false")  # the plugin sets it, for the rest of the process
-        for more in ({}, {"cpu_ram_efficient_loading": True}, {"activation_checkpointing": True}):
+        ways: list[dict[str, Any]] = [{}, {"cpu_ram_efficient_loading": True}, {"activation_checkpointing": True}]
+        for more in ways:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
             plugin = FullyShardedDataParallelPlugin(

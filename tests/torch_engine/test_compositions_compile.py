@@ -282,8 +282,8 @@ class Careful(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
         wanted = ctx.needs_input_grad
         return grad @ weight if wanted[0] else None, grad.t() @ x if wanted[1] else None
 
