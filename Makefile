@@ -4,7 +4,7 @@ PYTHON      ?= python3
 EXTRAS      ?= torch,jax,demo,dev
 # A file's tests stay in one worker, which keeps what it compiled; three workers fill two cores, as many tests wait for
 # processes of their own.
-PYTEST_ARGS ?= -n 3 --dist loadfile
+PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
 ARGS        ?=
 ENGINE      ?= torch
 # SYSTEM_SITE_PACKAGES=1: use the packages that PYTHON already has (a system image's torch and jax), in a venv apart.
