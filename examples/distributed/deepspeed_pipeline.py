@@ -101,6 +101,9 @@ def start(stages: int, depth: int, count: int, steps: int, seed: int, policy: Po
         seed_fn=lambda number: torch.manual_seed(int(number)),  # DeepSpeed's own takes no numpy.int64, which it gets
         base_seed=seed,
     )
+    parameter: Any
+    for parameter in model.parameters():
+        parameter.model_parallel = True  # or DeepSpeed clips every stage by the norm of the first one's gradients
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-2)
     config = {
         "train_micro_batch_size_per_gpu": ROWS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from networks import assert_close, batches, train_alone, values_of
+from networks import CLIP, assert_close, batches, clipped, distance, train_alone, values_of
 from pipelines import ENVIRONMENT, additive, check_calls, count_calls, here, init, layers_of, start, train
 from ranks import Cases, Outcomes
 
@@ -46,6 +46,23 @@ def four_stages(rank: int, world: int) -> None:
     assert {name.split(".")[1] for name in stage if "body" in name} == {str(2 * rank), str(2 * rank + 1)}
     assert_close(stage, {n: values[n] for n in stage})
     check_calls(calls, 2 * 2 * len(batches()))
+
+
+@CASES
+def gradients_are_clipped_by_the_norm_of_all_stages(rank: int, world: int) -> None:
+    """If parameters are marked: DeepSpeed counts those of the first stage alone."""
+    alone = additive()
+    train_alone(alone, DATA, clipped)
+    values, off = values_of(alone), []
+    for marked in (True, False):
+        model = additive()
+        for parameter in model.parameters():
+            parameter.model_parallel = marked  # type: ignore[attr-defined]
+        engine = start(layers_of(model), config={"gradient_clipping": CLIP}, dtype=torch.float32)
+        train(engine, DATA)
+        stage = here(engine, model)
+        off.append(distance(stage, {n: values[n] for n in stage}))
+    assert off[0] <= 1e-6 < 1e-3 < off[1], off
 
 
 outcomes = CASES.fixture(__file__)
