@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from networks import STEPS, Transformer, adamw, assert_close, batches, train_alone, values_of, with_lora
 from ranks import Cases, Outcomes
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+)
 
 from revcore import Additive, Momentum
 from revcore_torch import Reverse, StoreAll
@@ -87,6 +93,37 @@ CASES.add("frozen blocks", same_as_alone(2, change=frozen))
 CASES.add("tied weights", same_as_alone(2, change=tied))
 CASES.add("LoRA", same_as_alone(2, change=with_lora))
 CASES.add("anchors", same_as_alone(3, policy=Reverse(anchor_every=2)))
+
+
+def two_stages_a_rank(schedule: Any, **settings: Any) -> Any:
+    """Return a case: the first rank has the first and the third of four stages; the last has two blocks."""
+
+    def case(rank: int, world: int) -> None:
+        alone = Transformer(DEPTH, reversible=False).double()
+        train_alone(alone, batches(rows=8))
+        model = Transformer(DEPTH, **settings).double()
+        cuts = [model.blocks[:1], model.blocks[1:2], model.blocks[2:3], model.blocks[3:]]
+        parts = [nn.Sequential(model.embedding, cuts[0]), *cuts[1:3], nn.Sequential(cuts[3], model.norm, model.head)]
+        device = next(model.parameters()).device
+        stages = [PipelineStage(parts[i], i, 2 * world, device) for i in (rank, rank + world)]
+        pipeline, optimizer = schedule(stages, MICRO_BATCHES, loss), adamw(model.parameters())
+        for batch in batches(rows=8):
+            optimizer.zero_grad()
+            if rank == 0:
+                pipeline.step(batch[:, :-1].contiguous())
+            else:
+                pipeline.step(target=batch[:, 1:].contiguous())
+            optimizer.step()
+        here = {id(p) for i in (rank, rank + world) for p in parts[i].parameters()}
+        names = [name for name, p in model.named_parameters() if id(p) in here]
+        ours, theirs = values_of(model), values_of(alone)
+        assert_close({name: ours[name] for name in names}, {name: theirs[name] for name in names})
+
+    return case
+
+
+CASES.add("interleaved 1F1B", two_stages_a_rank(ScheduleInterleaved1F1B))
+CASES.add("zero bubble, StoreAll", two_stages_a_rank(ScheduleInterleavedZeroBubble, policy=StoreAll()))
 
 
 @CASES
