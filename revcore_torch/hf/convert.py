@@ -125,8 +125,8 @@ def make_plain(model: Model) -> Model:
     for module in model.modules():
         if (patch := _patch(module)) is not None:
             del module.forward, module._revcore
-            if patch.own is not None:
-                module.forward = patch.own  # type: ignore[method-assign]
+            if patch.residual.own is not None:
+                module.forward = patch.residual.own  # type: ignore[method-assign]
         hooks = module._forward_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks
         for registered in hooks:
             for key, hook in [*registered.items()]:

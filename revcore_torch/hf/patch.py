@@ -139,11 +139,15 @@ def _sessions() -> weakref.WeakKeyDictionary[Stack, Session]:
 
 
 class Residual(nn.Module):
-    """``f(x) = layer(x) − x``; a block of the program."""
+    """``f(x) = layer(x) − x``; a block of the program.
 
-    def __init__(self, layer: nn.Module, own: Callable[..., Any] | None) -> None:
+    ``own`` is a forward that the layer had of its own before, as Accelerate's hooks give it one.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer, self.own = layer, own
+        self.layer = layer
+        self.own: Callable[..., Any] | None = layer.__dict__.get("forward")
         self.in_tuple = False  # whether the layer returns its hidden states in one
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -156,30 +160,30 @@ class Residual(nn.Module):
         self.in_tuple = isinstance(out, tuple)
         return (out[0] - x, *out[1:]) if isinstance(out, tuple) else out - x
 
+    @property
+    def ordinary(self) -> Callable[..., Any]:
+        """The layer's forward as it was."""
+        return self.own or functools.partial(type(self.layer).forward, self.layer)  # FSDP2 changes the type later
+
     def plain_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer as it was, and without Hugging Face's checkpointing: it is rebuilt already."""
         layer: Any = self.layer
-        forward = self.own or functools.partial(type(layer).forward, layer)  # FSDP2 changes the type later
         checkpointing = layer.__dict__.get("gradient_checkpointing")
         if not checkpointing:
-            return forward(*args, **kwargs)
+            return self.ordinary(*args, **kwargs)
         layer.gradient_checkpointing = False
         try:
-            return forward(*args, **kwargs)
+            return self.ordinary(*args, **kwargs)
         finally:
             layer.gradient_checkpointing = checkpointing
 
 
 class Patch:
-    """Holds a layer's new ``forward``; copied and pickled with the layer.
-
-    ``own`` is a forward that the layer had of its own before, as Accelerate's hooks give it one.
-    """
+    """Holds a layer's new ``forward``; copied and pickled with the layer."""
 
     def __init__(self, stack: Stack, number: int, layer: nn.Module) -> None:
         self.stack, self.number, self.layer = stack, number, layer
-        self.own: Callable[..., Any] | None = layer.__dict__.get("forward")
-        self.residual = Residual(layer, self.own)
+        self.residual = Residual(layer)
 
     @property
     def is_outermost(self) -> bool:
@@ -199,8 +203,7 @@ class Patch:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stack, layer = self.stack, self.layer
         if not stack.enabled or (stack.settings.kind == "bdia" and not layer.training):
-            ordinary = self.own or functools.partial(type(layer).forward, layer)
-            return ordinary(*args, **kwargs)
+            return self.residual.ordinary(*args, **kwargs)
         if not args:
             args = (kwargs.pop("hidden_states"),)
         x, *rest = args

@@ -21,6 +21,7 @@ from networks import (
     part_of,
     train_alone,
     values_of,
+    with_lora,
 )
 from ranks import Cases, Outcomes, shared_folder
 from sharding import VIEW, line, shard, train, wholes
@@ -83,13 +84,6 @@ def freeze(net: Any) -> None:
     net.blocks[1].up.requires_grad_(False)
 
 
-def adapt(net: Any) -> None:
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(3)
-    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["qkv", "up"], init_lora_weights=False), net)
-    net.double()
-
-
 def prefetch(model: Any) -> None:
     blocks = list(model.blocks)
     for block, later in pairwise(blocks):
@@ -104,7 +98,7 @@ def compile_blocks(model: Any) -> None:
 
 equals_one_process("one block used twice", one_block_twice)
 equals_one_process("parts frozen", freeze)
-equals_one_process("LoRA", adapt)
+equals_one_process("LoRA", with_lora)
 equals_one_process("explicit prefetching", after=prefetch)
 equals_one_process("blocks compiled", after=compile_blocks)
 
