@@ -18,7 +18,7 @@ from revcore.policy import Checkpoint, Reverse, StepPolicy, StoreAll, segments
 from revcore.program import Program
 from revcore_torch import outside
 from revcore_torch.drift import probing, warn_once
-from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, narrowed, widened
+from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, narrowed, version, widened
 from revcore_torch.tape import Tape, _can_record, _keep_dynamo_out, _take_back, run_stored
 
 
@@ -59,6 +59,7 @@ class Session:
             warn_once(program, [s.dtype for s in self.streams], by_step)
         if self.watch is not None:
             self.streams = self.watch.encode(self.streams, "the input")
+        self.versions = self._versions()
 
     @property
     def records(self) -> bool:
@@ -87,6 +88,7 @@ class Session:
             if self.is_over:
                 return self._finish(), *aux
             self.given = narrowed((self.streams[self._source],), self.dtypes)[0]
+            self.versions = self._versions()
             return self.given, *aux
         except BaseException:
             self.drop()
@@ -104,16 +106,21 @@ class Session:
             tape.forget()
         self.tapes, self.tape, self.streams, self.first = [], None, (), ()
 
+    def _versions(self) -> list[int]:
+        """Return how often what the loop may hold was changed in place: all streams, the older ones too."""
+        return [version(tensor) for tensor in (self.given, *self.streams)]
+
     def _take(self, stream: Tensor) -> None:
+        same = stream is self.given or _is_same(stream, self.given)
+        if not same or self._versions() != self.versions:
+            raise SpecError(
+                f"layer {self.done} got other hidden states than the layers before it returned: something changes them "
+                "between the layers, so they could not be rebuilt. Do it inside a layer, or make the model plain again"
+            )
         if stream is self.given:
             return
         # engines (FSDP, ZeRO) and backward hooks put an identity of their own between layers, through which gradients
         # are to go
-        if not _is_same(stream, self.given):
-            raise SpecError(
-                f"layer {self.done} got other hidden states than the layer before it returned: something changes them "
-                "between the layers, so they could not be rebuilt. Do it inside a layer, or make the model plain again"
-            )
         i = self._source
         if self.dtypes is not None:
             wide = self.streams[i]
@@ -203,5 +210,5 @@ def _by_block(calls: Sequence[Call]) -> list[list[Call]]:
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device) and (
-        a.data_ptr() == b.data_ptr() and a._version == b._version
+        a.data_ptr() == b.data_ptr() and version(a) == version(b)
     )

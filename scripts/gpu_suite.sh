@@ -24,7 +24,7 @@ suite() { # device, then what selects tests
     if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n "${WORKERS:-8}"); fi
     # a machine's own packages may warn of what the pinned ones do not: their warnings are shown, not judged
     # an interrupt, not a kill: what was found by then is written
-    timeout --signal=INT --kill-after=20 "${LIMIT:-550}" "$python" -m pytest "${workers[@]}" -W default -q -p no:cacheprovider -o junit_family=xunit2 \
+    timeout --signal=INT --kill-after=20 "${LIMIT:-550}" "$python" -m pytest --tier all "${workers[@]}" -W default -q -p no:cacheprovider -o junit_family=xunit2 \
         --junitxml "$xml" -rs --durations 20 "$@" 2>&1 | tee "$at.txt" || code=$?
     if [ -s "$xml" ]; then "$python" scripts/gpu_table.py "$xml" "$device" >"$stem-torch-against-jax.md" || code=$?; fi
     rm -f "$xml"

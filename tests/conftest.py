@@ -6,10 +6,13 @@ import os
 import random
 import socket
 import sys
+import tempfile
+from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
+import tiers
 from hypothesis import settings
 
 # The same examples each time, and no clock: machines are slow when they are busy.
@@ -28,11 +31,45 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let networks be as narrow as a test wants: of drift is warned once in a process, in whichever comes first."""
+# Where pytest's workers find the processes that ranks are forked from (tests/distributed/template.py)
+_TEMPLATES = None if "REVCORE_TEMPLATES" in os.environ else tempfile.TemporaryDirectory(prefix="revcore-")
+if _TEMPLATES is not None:
+    os.environ["REVCORE_TEMPLATES"] = _TEMPLATES.name
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("revcore")
+    group.addoption("--tier", choices=tiers.TIERS, default="fast", help="which tests: `make test` runs the fast ones")
+    group.addoption("--share", default="0/1", metavar="I/N", help="of the long tests, the I-th of N shares (0 ≤ I < N)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the other tier; and let networks be as narrow as a test wants.
+
+    (Of drift is warned once in a process, in whichever test comes first.)
+    """
+    items[:], left = tiers.select(items, config.getoption("tier"), config.getoption("share"))
+    if left:
+        config.hook.pytest_deselected(items=left)
     for item in items:
         if "drift" not in item.path.name:
             item.add_marker(pytest.mark.filterwarnings("ignore:this program of .* steps, run back in"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print the modules that took the longest, so that whoever adds a test sees what it costs."""
+    seconds: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                module = report.nodeid.partition("::")[0]
+                seconds[module] += report.duration
+                tests[module] += report.when == "call"
+    if sum(tests.values()) > 100:
+        terminalreporter.section("slowest twenty modules, in seconds of a worker")
+        for module, taken in seconds.most_common(20):
+            terminalreporter.write_line(f"{taken:7.1f}  {tests[module]:4} tests  {module}")
 
 
 @pytest.fixture(autouse=True)

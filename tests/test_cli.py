@@ -133,6 +133,7 @@ def test_a_device_that_is_not_there(
         ("weights alone", ["none of a demo run", "python -m revcore demo"]),
         ("tensor lost", ["missing first.head.weight"]),
         ("tensor of another shape", ["weights.head.weight came with shape (2, 2)"]),
+        ("optimizer ahead", ["contradicts itself", "its optimizer stands at step 1, its data at 0"]),
         ("config of another version", ["expected what Config.to_json() wrote"]),
         ("another depth", ["made with --depth 4, but --depth 8 came"]),
         ("another text", ["another text"]),
@@ -157,6 +158,8 @@ def test_a_checkpoint_that_will_not_do(
         weights.save(checkpoint, tensors, metadata)
     elif damage == "tensor of another shape":
         weights.save(checkpoint, tensors | {"weights.head.weight": np.ones((2, 2), np.float32)}, metadata)
+    elif damage == "optimizer ahead":
+        weights.save(checkpoint, tensors | {"step": tensors["step"] + 1}, metadata)
     elif damage == "config of another version":
         weights.save(checkpoint, tensors, metadata | {"config": '{"layers": 3}'})
     out = checkpoint.parent / "out"

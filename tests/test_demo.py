@@ -20,6 +20,7 @@ from revcore.demo import Config, demo, measure
 from revcore.demo.backend import Model, load_backend
 from revcore.demo.checkpoint import Checkpoint, History
 from revcore.demo.config import first_weights, shapes
+from revcore.demo.interrupt import listening
 from revcore.demo.run import NEXT_LOSS_TOLERANCE, start
 from revcore.demo.text import Corpus
 from revcore.policy import Reverse
@@ -160,7 +161,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, str]:
     return code, folder, output(console)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_ends_well_and_writes_its_files(finished: tuple[int, Path, str]) -> None:
     code, folder, printed = finished
     assert code == 0, printed
@@ -176,7 +177,7 @@ def test_the_demo_ends_well_and_writes_its_files(finished: tuple[int, Path, str]
         assert words in printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", BACKENDS)
 def test_the_demo_goes_on_in_one_framework(name: str, finished: tuple[int, Path, str], tmp_path: Path) -> None:
     path, console = finished[1] / "checkpoint.safetensors", silent()
@@ -189,7 +190,7 @@ def test_the_demo_goes_on_in_one_framework(name: str, finished: tuple[int, Path,
     assert after.history.loss[:6] == Checkpoint.load(path).history.loss
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_fails_with_the_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grown = {"store-all": [1, 2], "checkpointing": [1, 2], "reversible": [100, 102]}
     parted = measure.agreement([[1.0], [2.0]], 0.5)
@@ -207,6 +208,16 @@ def test_the_demo_fails_with_the_reasons(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "curves.png").exists()
 
 
+def test_signals_are_handled_as_before_when_training_has_ended() -> None:
+    def handlers() -> list[Any]:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    with listening():
+        assert all(a != b for a, b in zip(handlers(), before, strict=True))
+    assert handlers() == before
+
+
 _LONG_RUN = """
 import sys
 from revcore.demo import demo
@@ -219,7 +230,7 @@ sys.exit(demo((sys.argv[1],), sys.argv[2], text=b"All work and no play. " * 100,
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "number"), [("torch", signal.SIGINT), ("jax", signal.SIGINT), ("torch", signal.SIGTERM)]
 )

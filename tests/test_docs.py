@@ -173,7 +173,7 @@ def test_a_name_without_an_example_is_found() -> None:
     assert without_example({"shown": without_example, **names}) == list(names)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_site(tmp_path: Path) -> None:
     """Built once, for all that is looked for in it."""
     for package in ("sphinx", "myst_parser", "furo", "sphinx_design"):

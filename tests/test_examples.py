@@ -82,7 +82,7 @@ def quick_compilation() -> Any:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(("task", "depth"), [("digits", 2), ("text", 4)])
 @pytest.mark.parametrize("name", LEARNERS)
@@ -129,7 +129,7 @@ training.main(flax_nnx.app)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_killed_run_goes_on_bit_for_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

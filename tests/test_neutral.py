@@ -126,6 +126,15 @@ def test_the_target_keeps_its_dtype_and_objects() -> None:
     np.testing.assert_array_equal(weight.detach().numpy(), np.asarray(variable.get_value()))
 
 
+def test_the_target_keeps_its_place_on_a_mesh() -> None:
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    there = jax.sharding.NamedSharding(jax.make_mesh((1,), ("cut",)), jax.sharding.PartitionSpec("cut"))
+    variable = model.kernel
+    variable.set_value(jax.device_put(variable.get_value(), there))
+    jax_neutral.from_neutral(model, jax_neutral.to_neutral(model))
+    assert variable.get_value().sharding == there
+
+
 def test_the_neutral_form_is_a_copy() -> None:
     model = nn.Linear(2, 2)
     tensors = torch_neutral.to_neutral(model)

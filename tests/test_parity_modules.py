@@ -44,6 +44,15 @@ class TorchBlock(nn.Module):
         return torch.tanh(self.mix(self.norm(x)))
 
 
+class Spare(nn.Linear):
+    """Has a parameter that it does not use."""
+
+    def __init__(self, value: float) -> None:
+        torch.manual_seed(0)
+        super().__init__(8, 8)
+        self.spare = nn.Parameter(torch.full((8,), value))
+
+
 class NnxBlock(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, epsilon: float = 1e-5) -> None:
         self.norm = nnx.LayerNorm(4, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
@@ -271,11 +280,11 @@ def test_a_record_leaves_the_model_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(random, torch.get_rng_state())
     assert "forward" not in vars(model)
-    own, twin = in_nnx(), revcore_jax.engine.reversible
+    own, hooked = in_nnx(), revcore_jax.engine.wide
     state = jax.tree.map(jnp.copy, nnx.state(own))
     revcore_jax.parity.record(own, [X])
     jax.tree.map(np.testing.assert_array_equal, nnx.state(own), state)
-    assert revcore_jax.engine.reversible is twin
+    assert revcore_jax.engine.wide is hooked
 
 
 class Jitted(nnx.Module):
@@ -287,6 +296,16 @@ class Jitted(nnx.Module):
         return self.body(x)
 
 
+class JittedAnew(nnx.Module):
+    """Traced once more where the streams are noted."""
+
+    def __init__(self) -> None:
+        self.body = revcore_jax.nnx.ReversibleSequential(NnxBlock(nnx.Rngs(0)))
+
+    def __call__(self, x: Any) -> Any:
+        return jax.jit(lambda x: self.body(x))(x)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -295,14 +314,16 @@ class Jitted(nnx.Module):
         (lambda: linen.Sequential([linen.Dropout(0.5, deterministic=False)]), "draws random numbers"),
         (lambda: nn.Sequential(nn.Flatten(), ToTokens()), "no tensor of floating point"),
         (Jitted, "runs inside jax.jit"),
+        (JittedAnew, "runs inside jax.jit"),
         (lambda: "a model", "the model came as str, expected a torch.nn.Module"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(make: Any, message: str) -> None:
-    model = make()
+    model, hooked = make(), revcore_jax.engine.wide
     half = revcore_torch.parity if isinstance(model, (nn.Module, str)) else revcore_jax.parity
     with pytest.raises(revcore.SpecError, match=message):
         half.record(model, [X])
+    assert revcore_jax.engine.wide is hooked
 
 
 class ToTokens(nn.Module):
@@ -341,7 +362,7 @@ def test_the_first_step_is_sought_with_the_rounding_so_far() -> None:
 
 MODELS = """
 import numpy as np
-from test_parity_modules import in_nnx, in_torch, nn, revcore_jax, revcore_torch
+from test_parity_modules import Spare, in_nnx, in_torch, nn, revcore_jax, revcore_torch
 
 X = np.random.default_rng(5).standard_normal((2, 8))
 def one(): return in_torch()
@@ -352,6 +373,8 @@ def with_same_inputs(): return in_nnx(), X
 def with_other_inputs(): return in_nnx(), X + 1
 def larger(): return revcore_torch.ReversibleSequential(nn.Linear(5, 5))
 def plain(): return nn.Sequential(nn.Linear(8, 8))
+def spare(): return Spare(1.0)
+def other_spare(): return Spare(2.0)
 def needs(depth): return one()
 def no_model(): return 3
 """
@@ -397,6 +420,16 @@ def test_command(
     weights.save(file, revcore_torch.to_neutral(in_torch()))
     assert run("one", file)[0] == 0
     assert run(file, "other")[0] == 1
+
+
+def test_weights_that_differ_are_a_difference_though_nothing_shows_it(
+    models: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"{models}:{name}" for name in ("spare", "other_spare")]
+    assert call(monkeypatch, "parity", *names, "--shape", "2,8", "--own-weights") == 1
+    out = capsys.readouterr().out
+    assert "do NOT agree" in out
+    assert "agree: values differ" in out
 
 
 def test_a_checkpoint_of_stacked_blocks_against_a_model_of_them(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 from backends import Backend
 from cases import COUPLINGS, DEPTHS, STREAMS, STRUCTURES, Case, oracle, plain
+from tiers import product
 
 from revcore import Checkpoint, Policy, Program, Reverse, StoreAll
 from revcore.parity import EPS, Record, Report, compare
@@ -58,10 +59,19 @@ def check_inverse(backend: Backend, case: Case, dtype: str) -> None:
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("num_streams", STREAMS)
-@pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize("coupling", COUPLINGS)
+def first_alone(coupling: str, depth: int, num_streams: int, dtype: str) -> bool:
+    """Return whether a case differs from another fast one in one thing alone; products of two are random programs'."""
+    if num_streams != 2:
+        return (coupling, depth, dtype) == ("additive", 3, "float64")
+    if dtype == "float32":
+        return depth == 8  # deep enough for what drifts, and for the law of rounding to bite
+    return depth == 3 or (coupling in ("additive", "momentum") and depth in (1, 32))
+
+
+@pytest.mark.parametrize(
+    ("coupling", "depth", "num_streams", "dtype"),
+    product(COUPLINGS, DEPTHS, STREAMS, ("float64", "float32"), fast=first_alone),
+)
 def test_every_coupling_depth_and_width(
     backend: Backend, coupling: str, depth: int, num_streams: int, dtype: str
 ) -> None:
@@ -72,17 +82,26 @@ def test_every_coupling_depth_and_width(
     check_inverse(backend, case, dtype)
 
 
-@pytest.mark.parametrize("depth", [depth for depth in DEPTHS if depth <= 8])
-@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize(
+    ("coupling", "depth"),
+    product(
+        COUPLINGS,
+        [depth for depth in DEPTHS if depth <= 8],
+        fast=lambda coupling, depth: depth == 8 and coupling in ("momentum", "affine"),  # scales, and uses the source
+    ),
+)
 def test_every_policy(backend: Backend, coupling: str, depth: int) -> None:
     check_policies(runs_of(backend, plain(coupling, depth, 2), "float64"))
 
 
-@pytest.mark.parametrize("case", STRUCTURES, ids=str)
+# Of two that differ in a size alone, in the long tier; so are the other policies, which random programs draw too.
+LARGER = ("repeat-32", "momentum-pair-0.99", "grouped-4", "columns-additive", "space-to-depth-channels-first")
+
+
+@pytest.mark.parametrize("case", product(STRUCTURES, fast=lambda case: case.name not in LARGER))
 def test_every_structure(backend: Backend, case: Case) -> None:
     run = runs_of(backend, case, "float64")
     check_oracle(run, case)
-    check_policies(run, (Reverse(), Reverse(anchor_every=3, keep_last=2), Checkpoint(3)))
     if case.uses_anchors:
         with pytest.raises(ValueError, match="is an Anchor, which has no inverse"):
             backend.invert(case)
@@ -90,7 +109,19 @@ def test_every_structure(backend: Backend, case: Case) -> None:
         check_inverse(backend, case, "float64")
 
 
-@pytest.mark.parametrize("case", [case for case in STRUCTURES if case.repeats or case.uses_anchors], ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("case", STRUCTURES, ids=str)
+def test_every_policy_on_every_structure(backend: Backend, case: Case) -> None:
+    check_policies(runs_of(backend, case, "float64"), (Reverse(), Reverse(anchor_every=3, keep_last=2), Checkpoint(3)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    product(
+        [case for case in STRUCTURES if case.repeats or case.uses_anchors],
+        fast=lambda case: case.name in ("nested-repeat", "anchor"),
+    ),
+)
 def test_structures_in_float32(backend: Backend, case: Case) -> None:
     run = runs_of(backend, case, "float32")
     check_oracle(run, case)
@@ -105,15 +136,16 @@ def test_a_program_without_steps_returns_its_input(backend: Backend, policy: Pol
 
 
 @pytest.mark.parametrize(
-    ("dtype", "block_dtype"), [("float32", "bfloat16"), ("bfloat16", None)], ids=["bfloat16-blocks", "bfloat16-streams"]
+    ("coupling", "bfloat16"),
+    product(COUPLINGS, ("blocks", "streams"), fast=lambda coupling, where: coupling == "momentum"),
 )
-@pytest.mark.parametrize("coupling", COUPLINGS)
 # bfloat16 streams of eight steps drift by some percent, rightly warned of; the test bounds it by bfloat16's own error
 @pytest.mark.filterwarnings("ignore::revcore.DriftWarning")
 def test_bfloat16_errs_at_most_twice_as_much_as_storing_everything(
-    backend: Backend, coupling: str, dtype: str, block_dtype: str | None
+    backend: Backend, coupling: str, bfloat16: str
 ) -> None:
     case = plain(coupling, 8, 2, wide=True)
+    dtype, block_dtype = {"blocks": ("float32", "bfloat16"), "streams": ("bfloat16", None)}[bfloat16]
 
     def error(policy: Policy) -> float:
         record = backend.run(case, policy, dtype, block_dtype)

@@ -196,6 +196,7 @@ def jax_peak(card: Card, depth: int) -> tuple[int, int, int | None]:
     return int(temp), int(own), None if peak == "None" else int(peak)
 
 
+@pytest.mark.long
 def test_peak_bytes_are_flat_in_depth_in_jax(card: Card) -> None:
     (temp, own, peak), (deep_temp, deep_own, deep_peak) = (jax_peak(card, depth) for depth in (8, 32))
     assert 0 < deep_temp <= 1.02 * temp

@@ -1,7 +1,7 @@
 """Random programs: NumPy, torch and JAX agree on the values and gradients of networks that nobody thought of.
 
-A hundred in every run, the same ones each time. Ten thousand new ones by hand:
-``python -m pytest tests/conformance/test_random_programs.py -k agree --hypothesis-profile=long``
+Fifteen in every run, the same ones each time, and a hundred in the long tier. Ten thousand new ones by hand:
+``python -m pytest tests/conformance/test_random_programs.py -k hundred --tier all --hypothesis-profile=long``
 """
 
 from __future__ import annotations
@@ -207,8 +207,19 @@ def check(backend: Backend, case: Case, policy: Policy) -> None:
         assert report.ok, str(report)
 
 
+@settings(max_examples=15, phases=[Phase.generate])
 @given(cases(), POLICIES, st.data())
 def test_numpy_torch_and_jax_agree(case: Case, policy: Policy, data: st.DataObject) -> None:
+    agree(case, policy, data)
+
+
+@pytest.mark.long
+@given(cases(), POLICIES, st.data())
+def test_a_hundred_agree(case: Case, policy: Policy, data: st.DataObject) -> None:
+    agree(case, policy, data)
+
+
+def agree(case: Case, policy: Policy, data: st.DataObject) -> None:
     for name in BACKENDS:
         backend = load_backend(name)
         with eagerly(backend):
@@ -218,6 +229,7 @@ def test_numpy_torch_and_jax_agree(case: Case, policy: Policy, data: st.DataObje
     check(load_backend("torch"), case, by_step)
 
 
+@pytest.mark.long
 @settings(max_examples=settings().max_examples // 25)
 @given(cases(), POLICIES)
 def test_numpy_and_compiled_jax_agree(case: Case, policy: Policy) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from networks import MLP, VOCABULARY, WIDTH, Attention, adamw
-from ranks import PATIENCE
+from ranks import OF_DEEPSPEED, PATIENCE
 from torch import Tensor, nn
 
 from revcore import Affine, Chain, Couple, Momentum, Program, Repeat
@@ -21,6 +21,7 @@ from revcore_torch.memory import LiveBytes
 
 MICRO = 2  # rows of a micro-batch
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}
+LEAVES = (*OF_DEEPSPEED, "hooks of all modules")  # revcore_torch.deepspeed's, which sees modules being put together
 
 
 def init() -> None:

@@ -16,12 +16,14 @@ A test file is a script as well: it registers cases, and as a script it runs the
     if __name__ == "__main__":
         CASES.run()
 
-A case must assert on every rank; a rank that fails while another waits for it brings the run to its end within
-``PATIENCE`` seconds, and the cases after it are said not to have run.
+Ranks are forked from a process that has imported what they need (``template.py``). A case must assert on every rank.
+One that fails on some ranks alone, dies or hangs ends the processes; each rank's traceback is its own outcome, and the
+cases after it run in new ones. One that leaves a global setting or a process group behind fails itself (``left.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
@@ -35,14 +37,40 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
+from left import global_state, left_behind
+from template import DUMP, Process, Start, connect, start_template
 
-PATIENCE = 120.0  # seconds that a collective waits for the other ranks
+PATIENCE = 300.0  # seconds that a collective waits for the other ranks
+LIMIT = 600.0  # seconds for one case, and for the start: one that hangs is to fail, not to stop everything
 SKIPPED = "skipped: "  # what went wrong, where a case says that it cannot run here
-LIMIT = 600.0  # seconds for a whole file: a test that hangs is to fail, not to stop everything
 ROOT = Path(__file__).resolve().parents[2]
+
+# What a template imports for the ranks that it forks
+TORCH = (
+    "pytest",
+    "rich.console",
+    "typer",
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch.distributed.pipelining",
+    "revcore_torch",
+)
+TRAINERS = (
+    *TORCH,
+    "transformers",
+    "transformers.trainer",
+    "transformers.models.gpt2",
+    "accelerate",
+    "lightning",
+    "peft",
+)
+DEEPSPEED = (*TORCH, "deepspeed", "deepspeed.ops", "deepspeed.pipe", "peft")
+OF_DEEPSPEED = ("process groups",)  # which its engines make and keep for the process's life
+JAX = ("pytest", "jax", "jax.export", "flax.nnx", "optax", "orbax.checkpoint", "revcore_jax.nnx")
 
 Case = Callable[[int, int], None]
 
@@ -67,7 +95,9 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
         "PYTHONFAULTHANDLER": "1",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [*map(str, (ROOT, ROOT / "tests", Path(__file__).parent)), os.environ.get("PYTHONPATH", "")]
+        ),
     }
 
 
@@ -80,30 +110,84 @@ def shared_folder(rank: int) -> Path:
     return Path(name[0])
 
 
+def init_gloo() -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
+
+
 @functools.cache
 def outcomes_folder() -> Path:
     """Return where this process writes what becomes of cases: a new folder, if nobody said."""
     return Path(os.environ.get("REVCORE_OUTCOMES") or tempfile.mkdtemp())
 
 
+class AnyProcess(Protocol):
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+_alive: list[socket.socket] = []  # templates end when nobody is connected to them
+
+
+@functools.cache
+def template_of(modules: tuple[str, ...]) -> Path:
+    """Return the socket of a template that has imported these; pytest's workers share it, and the first one starts it."""
+    shared = Path(os.environ.get("REVCORE_TEMPLATES") or tempfile.mkdtemp(prefix="revcore-"))
+    path = shared / f"{abs(hash_of(modules))}.socket"
+    try:
+        path.with_suffix(".started").open("x").close()
+    except FileExistsError:
+        end = time.monotonic() + LIMIT
+        while not path.exists():
+            assert time.monotonic() < end, f"another worker did not start the template {path}"
+            time.sleep(0.02)
+    else:
+        start_template(path, modules, {**environment(0, 1, 0), "DS_ACCELERATOR": "cpu"}, ROOT)
+    _alive.append(connect(path))
+    return path
+
+
+def hash_of(modules: tuple[str, ...]) -> int:
+    """Return the same number in every process."""
+    return int.from_bytes(" ".join(modules).encode()) % 2**61
+
+
 class Ranks:
     """Processes that were started together; whatever becomes of the test, none of them outlives it.
 
-    Standard output and error of each go into one file, so that no full pipe stops a rank.
+    ``-W error SCRIPT …`` and ``-W error -m MODULE …`` are forked from the template that has ``imports``; anything else
+    is a Python of its own. Standard output and error of each go into one file, so that no full pipe stops a rank.
     """
 
-    def __init__(self, command: Sequence[str | Path], world: int, folder: Path, more: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self,
+        command: Sequence[str | Path | int],
+        world: int,
+        folder: Path,
+        more: Mapping[str, str] = {},
+        imports: tuple[str, ...] = TORCH,
+    ) -> None:
         port = free_port()
+        folder.mkdir(exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[AnyProcess] = []
+        words = [*map(str, command)]
         for rank, log in enumerate(self.logs):
-            with log.open("wb") as out:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, *map(str, command)], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
-                        env={**environment(rank, world, port), **more}, start_new_session=True,
-                    )
-                )  # fmt: skip
+            variables = {**environment(rank, world, port), **more}
+            if words[:2] == ["-W", "error"]:
+                start = Start((*words,), variables, str(ROOT), str(log))
+                self.processes.append(Process(template_of(imports), start))
+            else:
+                with log.open("wb") as out:
+                    self.processes.append(
+                        subprocess.Popen(
+                            [sys.executable, *words], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=variables,
+                            start_new_session=True,
+                        )
+                    )  # fmt: skip
 
     def __enter__(self) -> Ranks:
         return self
@@ -119,16 +203,37 @@ class Ranks:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
-    def wait(self, limit: float = LIMIT) -> list[int]:
-        """Wait for all, but a few seconds only once one has failed; return their exit codes."""
-        end = time.monotonic() + limit
+    def dump(self) -> None:
+        """Let each rank that still runs write into its log where it is."""
+        running = [
+            (p, log, log.stat().st_size) for p, log in zip(self.processes, self.logs, strict=True) if not p.poll()
+        ]
+        for process, _, _ in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, DUMP)
+        end = time.monotonic() + 10
+        for process, log, size in running:
+            while process.poll() is None and log.stat().st_size == size and time.monotonic() < end:
+                time.sleep(0.02)
+
+    def wait(self, limit: float = LIMIT, progress: Callable[[], object] = lambda: None) -> list[int]:
+        """Wait for all, but a few seconds only once one has failed; return their exit codes.
+
+        ``limit`` begins anew whenever ``progress`` returns something else. Ranks that do not end in time say where they
+        are before they are killed.
+        """
+        seen, end = progress(), time.monotonic() + limit
+        failed = False
         while any(p.poll() is None for p in self.processes):
-            if any(p.poll() not in (None, 0) for p in self.processes):
-                end = min(end, time.monotonic() + 5)
+            if not failed and any(p.poll() not in (None, 0) for p in self.processes):
+                failed, end = True, min(end, time.monotonic() + 5)
+            if not failed and (now := progress()) != seen:
+                seen, end = now, time.monotonic() + limit
             if time.monotonic() > end:
+                self.dump()
                 self.kill()
-            time.sleep(0.05)
-        return [p.returncode for p in self.processes]
+            time.sleep(0.02)
+        return [p.wait() for p in self.processes]
 
     def said(self) -> str:
         """Return what the ranks printed."""
@@ -138,27 +243,64 @@ class Ranks:
 class Outcomes:
     """What became of each case of a file: nothing, or what went wrong on which rank; and where cases left files."""
 
-    def __init__(self, folder: Path, problems: Mapping[str, list[str]], said: str, world: int) -> None:
-        self.folder, self.problems, self.said, self.world = folder, problems, said, world
+    def __init__(self, folder: Path, world: int) -> None:
+        self.folder, self.world = folder, world
+        self.problems = read_outcomes(folder, world)
+        self.lost: dict[str, str] = json.loads((folder / "lost.json").read_text())
+        """What the ranks said while a case ran that did not end on all of them, by its name."""
 
     def check(self, name: str) -> None:
         """Fail with what went wrong, if anything did, or if the case did not run on every rank."""
-        problems = self.problems.get(name, [])
+        problems = self.problems.get(name, {})
+        if reason := next((p.removeprefix(SKIPPED) for p in problems.values() if p.startswith(SKIPPED)), ""):
+            pytest.skip(reason)
+        wrong = [f"on rank {rank}:\n{problem}" for rank, problem in sorted(problems.items()) if problem]
         if len(problems) != self.world:
-            pytest.fail(f"{name!r} ended on {len(problems)} of {self.world} ranks:\n{self.said}")
-        for rank, problem in enumerate(problems):
-            if problem.startswith(SKIPPED):
-                pytest.skip(problem.removeprefix(SKIPPED))
-            if problem:
-                pytest.fail(f"on rank {rank}:\n{problem}")
+            missing = sorted({*range(self.world)} - {*problems})
+            said = self.lost.get(name, "no rank began it")
+            wrong.append(f"{name!r} ended on {len(problems)} of {self.world} ranks, and not on {missing}:\n{said}")
+        if wrong:
+            pytest.fail("\n".join(wrong))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Return what one rank wrote, line by line, so far."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else ()
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # else it is being written
+
+
+def read_outcomes(folder: Path, world: int) -> dict[str, dict[int, str]]:
+    """Return what each case came to on each rank on which it ended."""
+    problems: dict[str, dict[int, str]] = {}
+    for rank in range(world):
+        for name, problem, _ in read_lines(folder / f"{rank}.jsonl"):
+            problems.setdefault(name, {})[rank] = problem
+    return problems
+
+
+def read_begun(folder: Path, world: int) -> list[str]:
+    """Return the cases that ranks have begun."""
+    return [name for rank in range(world) for name in read_lines(folder / f"{rank}.begun.jsonl")]
 
 
 class Cases(dict[str, Case]):
-    """The cases of one file, by name, and the processes they run in."""
+    """The cases of one file, by name, and the processes they run in.
 
-    def __init__(self, world: int = 2, limit: float = LIMIT, environment: Mapping[str, str] = {}) -> None:
+    ``imports`` says which template forks the ranks; ``limit`` are the seconds that one case may take. ``leaves`` names
+    what cases here may leave behind (of :func:`left.global_state`), since the engine under test does.
+    """
+
+    def __init__(
+        self,
+        world: int = 2,
+        limit: float = LIMIT,
+        environment: Mapping[str, str] = {},
+        imports: tuple[str, ...] = TORCH,
+        leaves: Sequence[str] = (),
+    ) -> None:
         super().__init__()
-        self.world, self.limit, self.environment = world, limit, dict(environment)
+        self.world, self.limit, self.environment, self.imports = world, limit, dict(environment), imports
+        self.leaves = tuple(leaves)
 
     def __call__(self, case: Case) -> Case:
         return self.add(case.__name__.replace("_", " "), case)
@@ -175,43 +317,50 @@ class Cases(dict[str, Case]):
         def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Outcomes:
             from helpers import once
 
-            items: list[Any] = [item for item in request.session.items if item.path == Path(file)]
-            wanted = [item.callspec.params.get("name") for item in items if "outcomes" in item.fixturenames]
-            wanted = [name for name in wanted if name in self]  # other tests may look at outcomes, too
-
-            def start(folder: Path) -> None:
-                more = {**self.environment, "REVCORE_CASES": json.dumps(wanted), "REVCORE_OUTCOMES": str(folder)}
-                with Ranks(["-W", "error", file], self.world, folder, more) as ranks:
-                    ranks.wait(self.limit)
-                (folder / "said").write_text(ranks.said())
-
-            folder = once(tmp_path_factory, Path(file).stem, start, self.limit + 60)
-            return Outcomes(folder, self._read(folder), (folder / "said").read_text(), self.world)
+            asked: set[str] = set()
+            for item in request.session.items:
+                if item.path == Path(file) and "outcomes" in item.fixturenames:  # type: ignore[attr-defined]
+                    name = item.callspec.params.get("name") if hasattr(item, "callspec") else None  # type: ignore[attr-defined]
+                    asked |= {name} if name in self else {*self}  # a test without a name may look at any
+            wanted = [name for name in self if name in asked]
+            start = functools.partial(self.run_in_processes, file, wanted)
+            return Outcomes(once(tmp_path_factory, Path(file).stem, start, 10 * self.limit), self.world)
 
         return outcomes
 
-    def _read(self, folder: Path) -> dict[str, list[str]]:
-        problems: dict[str, list[str]] = {}
-        for rank in range(self.world):
-            path = folder / f"{rank}.jsonl"
-            for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
-                if not line.endswith("\n"):  # it is being written
-                    continue
-                name, problem = json.loads(line)
-                problems.setdefault(name, []).append(problem)
-        return problems
+    def run_in_processes(self, file: str, wanted: Sequence[str], folder: Path) -> None:
+        """Run the cases with these names; new processes take over behind one that did not end on every rank."""
+        lost: dict[str, str] = {}
+        left = [*wanted]
+        while left:
+            more = {**self.environment, "REVCORE_CASES": json.dumps(left), "REVCORE_OUTCOMES": str(folder)}
+            here = folder / f"processes{len(left)}"
+            with Ranks(["-W", "error", file], self.world, here, more, self.imports) as ranks:
+                ranks.wait(self.limit, progress=lambda: read_begun(folder, self.world))
+            ended, begun = read_outcomes(folder, self.world), read_begun(folder, self.world)
+            name = next((name for name in left if len(ended.get(name, ())) < self.world), None)
+            if name is None:
+                break
+            codes = ", ".join(f"rank {rank}: {process.wait()}" for rank, process in enumerate(ranks.processes))
+            said = f"exit codes: {codes}\n{ranks.said()}"
+            if name in begun:
+                lost[name] = said
+                left = left[left.index(name) + 1 :]
+            elif left[0] in begun:  # the ranks parted after the case before it
+                left = left[left.index(name) :]
+            else:  # they never came to it, and will not the next time
+                lost |= dict.fromkeys(left, said)
+                break
+        (folder / "lost.json").write_text(json.dumps(lost))
 
-    def run(self, init: Callable[[], None] | None = None) -> None:
-        """Run the cases on this rank, in one process group; ``init`` makes it, where it is not to be gloo's default."""
+    def run(self, init: Callable[[], object] = init_gloo) -> None:
+        """Run the cases on this rank, in the process group that ``init`` makes, and whatever else they share."""
         import torch
         import torch.distributed as dist
         from torch.distributed.distributed_c10d import _get_default_store
 
         torch.set_num_threads(1)
-        if init is None:
-            dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
-        else:
-            init()
+        init()
         rank, world = dist.get_rank(), dist.get_world_size()
         store = _get_default_store()
 
@@ -227,11 +376,11 @@ class Cases(dict[str, Case]):
         folder = outcomes_folder()
 
         def agree(name: str, problem: str) -> bool:
-            end = time.monotonic() + (10 if problem else PATIENCE)  # others may wait for the one that failed
+            end = time.monotonic() + PATIENCE
             while time.monotonic() < end:
-                problems = self._read(folder).get(name, [])
-                if len(problems) == world:
-                    return len({bool(each) for each in problems}) == 1
+                problems = read_outcomes(folder, world).get(name, {})
+                if len(problems) == world or (problem and not any(problems.values())):
+                    return len({bool(each) for each in problems.values()}) == 1
                 time.sleep(0.02)
             return False
 
@@ -250,17 +399,21 @@ class Cases(dict[str, Case]):
         """
         folder = outcomes_folder()
         for name in json.loads(os.environ.get("REVCORE_CASES") or json.dumps(list(self))):
+            with (folder / f"{rank}.begun.jsonl").open("a") as out:
+                out.write(json.dumps(name) + "\n")
             before()
+            state = global_state()
+            begun = time.process_time()
             try:
                 self[name](rank, world)
-                problem = ""
+                problem = "\n".join(left_behind(state, self.leaves))
             except pytest.skip.Exception as why:
                 problem = f"{SKIPPED}{why}"
             except Exception:
                 problem = traceback.format_exc()
                 print(problem, flush=True)
             with (folder / f"{rank}.jsonl").open("a") as out:
-                out.write(json.dumps([name, problem]) + "\n")
+                out.write(json.dumps([name, problem, time.process_time() - begun]) + "\n")
             if not agree(name, problem):  # the ranks have lost each other
                 time.sleep(1)  # the first of them holds the store that the others read
                 os._exit(1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from held import Held
 from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, part_of, train_alone, values_of
-from ranks import Cases, Outcomes, shared_folder
+from ranks import TRAINERS, Cases, Outcomes, shared_folder
 from sharding import VIEW, wholes
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -25,7 +25,7 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=TRAINERS, leaves=("$ACCELERATE_", "$FSDP_"))
 
 warnings.filterwarnings("ignore", VIEW)
 

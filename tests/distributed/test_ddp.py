@@ -23,14 +23,14 @@ from networks import (
     values_of,
     with_lora,
 )
-from ranks import Cases, Outcomes
+from ranks import TRAINERS, Cases, Outcomes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from revcore import Momentum, revnet
 from revcore_torch import Checkpoint, MemoryBudget, Reverse, StoreAll
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=TRAINERS)
 
 Change = Callable[[Any], Any]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from networks import Transformer, assert_close, batches, loss_of, part_of
-from ranks import Cases, Outcomes
+from ranks import TRAINERS, Cases, Outcomes
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from revcore import Reverse, StoreAll
 from revcore_torch.memory import LiveBytes
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=TRAINERS)
 DEPTH = 6
 Log = list[tuple[str, Any]]
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from networks import CLIP, assert_close, batches, clipped, distance, train_alone, values_of
-from pipelines import ENVIRONMENT, additive, check_calls, count_calls, here, init, layers_of, start, train
-from ranks import Cases, Outcomes
+from pipelines import ENVIRONMENT, LEAVES, additive, check_calls, count_calls, here, init, layers_of, start, train
+from ranks import DEEPSPEED, Cases, Outcomes
 
 from revcore import Momentum
 
 pytest.importorskip("deepspeed")
 
-CASES = Cases(world=4, environment=ENVIRONMENT)
+CASES = Cases(world=4, environment=ENVIRONMENT, imports=DEEPSPEED, leaves=LEAVES)
 DATA = batches(rows=8)  # two micro-batches for each pipeline
 
 

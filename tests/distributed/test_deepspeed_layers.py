@@ -13,7 +13,7 @@ from networks import MLP, VOCABULARY, WIDTH
 from pipelines import additive
 from torch import nn
 
-from revcore import Couple, MemoryBudget, Program, Reverse, SpecError
+from revcore import Bijection, Couple, MemoryBudget, Program, Reverse, SpecError
 from revcore_torch import ReversibleSequential
 
 pytest.importorskip("deepspeed")
@@ -79,6 +79,31 @@ def test_tied_layers_around_the_blocks_are_refused() -> None:
     model[2].weight = model[0].weight
     with pytest.raises(SpecError, match=r"layers 0 \(Embedding\) and 5 \(Linear\) share a parameter.*TiedLayerSpec"):
         to_pipeline_layers(model)
+    body = additive().body
+    with pytest.raises(SpecError, match=r"layers 2 \(MLP\) and 5 \(MLP\) share a parameter"):
+        to_pipeline_layers(sequential(body, body[1]))
+
+
+class Pipeline:
+    """What a run asks a pipeline of DeepSpeed's for."""
+
+    checkpointable_layers, activation_checkpoint_interval = None, 0
+
+
+def test_stages_one_after_the_other_run_every_step() -> None:
+    """A step without a block goes with the block before it, and one before all blocks with the first."""
+    from revcore_torch.deepspeed import to_pipeline_layers
+    from revcore_torch.deepspeed.stage import Run
+
+    swap = Bijection.permute((1, 0))
+    program = Program([swap, Couple(0, 1), swap, Couple(0, 1), swap])
+    model, pipeline = ReversibleSequential(MLP(), MLP(), split_dim=-1, program=program), Pipeline()
+    x = given = torch.randn(2, 3, 2 * WIDTH)
+    for layer in [spec.build() for spec in to_pipeline_layers(model)]:
+        stage = Run(pipeline, layer.network)  # type: ignore[arg-type]
+        stage.layers.append(layer)
+        given = stage(given)
+    assert torch.equal(given, model(x))
 
 
 def test_called_outside_of_a_pipeline() -> None:

@@ -23,7 +23,7 @@ from networks import (
     values_of,
     with_lora,
 )
-from ranks import Cases, Outcomes, shared_folder
+from ranks import TRAINERS, Cases, Outcomes, shared_folder
 from sharding import VIEW, line, shard, train, wholes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -34,7 +34,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 import revcore
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=TRAINERS)
 
 Change = Callable[[Any], None]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from networks import Plain, Transformer, assert_close, batches, distance, loss_of, part_of
-from ranks import Cases, Outcomes
+from ranks import TRAINERS, Cases, Outcomes
 from sharding import VIEW, events, gradients, shard
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -21,7 +21,7 @@ from revcore.errors import InversionError
 from revcore_torch import Checkpoint, Reverse, StoreAll
 from revcore_torch.memory import LiveBytes
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=TRAINERS)
 DEPTH = 4
 
 

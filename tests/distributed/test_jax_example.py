@@ -25,7 +25,7 @@ from revcore import SpecError  # noqa: E402
 NUMBER = r"([0-9.e+-]+)"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_policy_on_a_mesh_has_the_losses_of_one_device() -> None:
     options = ["--devices", "4", "--data", "2", "--tensor", "2", "--depth", "4", "--steps", "2"]
     done = subprocess.run(

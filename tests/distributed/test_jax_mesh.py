@@ -17,14 +17,14 @@ pytest.importorskip("optax")
 
 import jax
 from jax_networks import Layout, Training, Transformer, alone, assert_equal, batches, train
-from ranks import Cases, Outcomes
+from ranks import JAX, Cases, Outcomes
 
 from revcore import Checkpoint, Policy, Reverse, StoreAll
 
 BOTH = frozenset({"data", "tensor"})
 CASES = Cases(
     world=1,
-    limit=580,
+    imports=JAX,
     environment={
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8",

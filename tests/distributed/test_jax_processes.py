@@ -21,7 +21,7 @@ pytest.importorskip("optax")
 import jax
 import numpy as np
 from jax_networks import Layout, Training, Transformer, alone, assert_equal, batches, train
-from ranks import Cases, Outcomes, Ranks
+from ranks import JAX, Cases, Outcomes, Ranks
 
 from revcore import Reverse
 
@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={LOCAL}",
 }
-CASES = Cases(WORLD, limit=580, environment=ENVIRONMENT)
+CASES = Cases(WORLD, environment=ENVIRONMENT, imports=JAX)
 LAST, EVERY, FATAL = 9, 3, 7  # of the run that is killed: its steps, those from checkpoint to checkpoint, and the last
 
 
@@ -79,7 +79,7 @@ def losses(folder: Path) -> dict[int, str]:
     return dict(map(json.loads, (folder / "run/losses.jsonl").read_text().splitlines()))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_of_which_a_process_was_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
     pytest.importorskip("orbax.checkpoint")
     with start(tmp_path, "whole") as ranks:

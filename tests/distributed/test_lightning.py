@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from held import Held
 from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, train_alone, values_of
-from ranks import Cases, Outcomes, shared_folder
+from ranks import TRAINERS, Cases, Outcomes, shared_folder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +24,7 @@ pytest.importorskip("lightning")
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=TRAINERS, leaves=("$WORLD_SIZE",))
 
 # of Lightning's own making, with PyTorch 2.13
 for message in (

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch.nn.functional as F
 from networks import STEPS, Transformer, adamw, assert_close, batches, train_alone, values_of, with_lora
-from ranks import Cases, Outcomes
+from ranks import TRAINERS, Cases, Outcomes
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -21,7 +21,7 @@ from torch.distributed.pipelining import (
 from revcore import Additive, Momentum
 from revcore_torch import Reverse, StoreAll
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=TRAINERS)
 DEPTH, MICRO_BATCHES = 5, 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import HEADS, MLP, WIDTH, Plain, Transformer, assert_close, batches, distance, loss_of, values_of
-from ranks import Cases, Outcomes
+from ranks import Cases, Outcomes, init_gloo
 from sharding import VIEW, events, gradients, shard, train, whole, wholes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,6 +29,7 @@ CASES = Cases(world=4)
 DEPTH = 4
 
 
+@functools.cache
 def mesh() -> Any:
     """Two replicas of two ranks that part each block between them."""
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
@@ -214,4 +216,4 @@ def test_on_four_ranks(name: str, outcomes: Outcomes) -> None:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", VIEW)
     warnings.filterwarnings("ignore", "this program of .* steps, run back in")
-    CASES.run()
+    CASES.run(lambda: (init_gloo(), mesh()))

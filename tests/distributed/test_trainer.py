@@ -15,7 +15,7 @@ import pytest
 import torch
 from held import Held
 from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, train_alone, values_of
-from ranks import Cases, Outcomes, Ranks, shared_folder
+from ranks import TRAINERS, Cases, Outcomes, Ranks, shared_folder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from revcore_torch.hf import make_reversible, stacks
 from tests.hf.hf_models import by_hand, make
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=TRAINERS)
 
 warnings.filterwarnings("ignore", ".*pin_memory")  # PyTorch's loader, on a machine without an accelerator
 warnings.filterwarnings("ignore", ".*no accelerator is found")

@@ -18,7 +18,7 @@ from networks import (
     distance,
     values_of,
 )  # fmt: skip
-from ranks import Cases, Outcomes
+from ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes
 from torch import Tensor, nn
 from zero_engine import ACCUMULATION, CLIP, PARTED, TOLERANCE, config, engine_of, init, train, train_alone, trained
 
@@ -27,7 +27,7 @@ from revcore import Checkpoint, Policy, Reverse, StoreAll, revnet
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=DEEPSPEED, leaves=OF_DEEPSPEED)
 STAGES = 0, 1, 2, 3
 
 

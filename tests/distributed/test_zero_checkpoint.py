@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from networks import Transformer, assert_close, batches, values_of
-from ranks import Cases, Outcomes, Ranks
+from ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes, Ranks
 from torch import Tensor
 from zero_engine import engine_of, init, train, trained
 from zero_run import STEP, random_states
@@ -24,7 +24,7 @@ from revcore import Momentum, SpecError
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=DEEPSPEED, leaves=OF_DEEPSPEED)
 FOLDER = "REVCORE_OUTCOMES"  # of the environment: the test's own
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from networks import MLP, VOCABULARY, WIDTH, Transformer, assert_close, batches, loss_of, part_of, values_of
-from ranks import Cases, Outcomes
+from ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from zero_engine import TOLERANCE, engine_of, init, train, train_alone, trained
@@ -25,7 +25,7 @@ from revcore_torch.memory import LiveBytes
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-CASES = Cases(world=2)
+CASES = Cases(world=2, imports=DEEPSPEED, leaves=OF_DEEPSPEED)
 STAGES = 0, 1, 2, 3
 
 

@@ -6,10 +6,13 @@ import contextlib
 import copy
 import gc
 import io
+import random
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 pytest.importorskip("transformers")
@@ -22,7 +25,7 @@ from torch import nn
 
 import revcore_torch
 from revcore import MemoryBudget, SpecError
-from revcore_torch import Reverse, StoreAll, is_recomputing, keep
+from revcore_torch import Reverse, StoreAll, is_recomputing, keep, outside
 from revcore_torch.hf import compare, make_plain, make_reversible, plain, stacks
 from revcore_torch.memory import LiveBytes
 
@@ -328,10 +331,26 @@ class Loop(nn.Module):
         return x
 
 
+class LateChange:
+    """Changes what the layer before the last one returned, which is the other stream."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __call__(self, x: Any) -> Any:
+        self.seen.append(x)
+        if len(self.seen) == 2:
+            self.seen[0].add_(1)
+        return x
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"between": lambda x: x + 1}, "layer 1 got other hidden states than the layer before it returned"),
+        ({"between": lambda x: x + 1}, "layer 1 got other hidden states than the layers before it returned"),
+        ({"between": lambda x: x.add_(1)}, "layer 1 got other hidden states"),
+        ({"between": lambda x: x.view_as(x).add_(1)}, "layer 1 got other hidden states"),
+        ({"between": LateChange()}, "layer 2 got other hidden states"),
         ({"stop": 2}, "layers: layers 0 to 1 of 3 were called"),
         ({"start": 1}, "layers: layer 1 was called before layer 0"),
     ],
@@ -448,6 +467,36 @@ def test_a_generator_that_only_a_later_layer_gets_is_put_back() -> None:
     assert tree_error(*found) < 1e-12
 
 
+class Chance(nn.Module):
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.linear, self.draw = nn.Linear(4, 4), draw
+
+    def forward(self, x: Any) -> Any:
+        return self.linear(x) * self.draw()
+
+
+@pytest.mark.parametrize(("name", "draw"), [("random", random.random), ("numpy.random", np.random.rand)])
+def test_a_layer_that_draws_from_another_generator_is_refused_once(
+    name: str, draw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outside, "recorded", [])
+    x, found = torch.ones(5, 4, dtype=torch.float64).cumsum(0), []
+    for policy in (Reverse(), StoreAll()):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - the generator that is meant
+        model = Loop()
+        model.layers = nn.ModuleList([Chance(draw) for _ in range(3)])
+        make_reversible(model.double(), "momentum", beta=0.5, layers="layers", policy=policy)
+        if policy == Reverse():
+            with pytest.raises(SpecError, match=f"a layer drew from {name}, .* call the model once more"):
+                model(x)
+        model(x).sum().backward()
+        found.append(gradients(model))
+    assert tree_error(*found) < 1e-12
+
+
 def test_an_identity_between_layers_is_let_through() -> None:
     """FSDP and ZeRO put a function of their own there, through which gradients go."""
 
@@ -467,6 +516,8 @@ def test_an_identity_between_layers_is_let_through() -> None:
         model(torch.ones(5, 4, dtype=torch.float64).cumsum(0)).square().sum().backward()
         found.append(gradients(model))
     assert tree_error(*found) < 1e-12
+    with torch.inference_mode():
+        assert model(torch.ones(5, 4, dtype=torch.float64)).isfinite().all()
 
 
 class Stop(Exception):  # noqa: N818 - it is no error

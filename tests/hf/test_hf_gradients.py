@@ -147,6 +147,11 @@ def test_a_momentum_net_of_500_layers_is_finite() -> None:
     assert all(t is not None and t.isfinite().all() for t in (y, x.grad, *(p.grad for p in model.parameters())))
 
 
+def test_bdia_draws_its_sign_for_each_forward_pass() -> None:
+    model, x = make_reversible(Deep(3), "bdia", layers="layers"), torch.randn(2, 4)
+    assert len({tuple(model(x).flatten().tolist()) for _ in range(16)}) == 2
+
+
 class Named(nn.Module):
     """As torchtitan and nanoGPT write it: layers by name, and inside of a dictionary that is never called."""
 

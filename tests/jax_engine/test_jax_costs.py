@@ -79,21 +79,29 @@ def count(jaxpr: Any) -> collections.Counter[str]:
     return total
 
 
+def barriers(jaxpr: Any) -> list[int]:
+    """Return how many values pass through each barrier, outer ones first."""
+    own = [len(eqn.invars) for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier"]
+    return own + [n for _, sub in inner(jaxpr) for n in barriers(sub)]
+
+
 def check_barriers(jaxpr: Any, steps: int) -> None:
     """Fail unless each step's backward pass stands behind a barrier of its own: from there come its parameters, the
     streams and their cotangents, and the gradients that the step before made wait there too (J4)."""
 
-    def walk(jaxpr: Any) -> list[int]:
+    def walk(jaxpr: Any) -> None:
         calls = [eqn for eqn in jaxpr.eqns if eqn.params.get("name") == "backward"]
-        barriers = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier"]
-        if len(calls) > 1 or barriers:
-            assert len(calls) == len(barriers)
-            for call, barrier in zip(calls, barriers, strict=True):
-                assert sum(v in barrier.outvars for v in call.invars if not hasattr(v, "val")) == 2 + 2 + 2
-        return [len(barrier.invars) for barrier in barriers] + [n for _, sub in inner(jaxpr) for n in walk(sub)]
+        fences = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "optimization_barrier"]
+        if len(calls) > 1 or fences:
+            assert len(calls) == len(fences)
+            for call, fence in zip(calls, fences, strict=True):
+                assert sum(v in fence.outvars for v in call.invars if not hasattr(v, "val")) == 2 + 2 + 2
+        for _, sub in inner(jaxpr):
+            walk(sub)
 
     first = 2 + 2 + 2 + 1  # two parameters, two streams, two cotangents, the context's gradient
-    assert walk(jaxpr) == [first] + [first + 2] * (steps - 1)
+    walk(jaxpr)
+    assert barriers(jaxpr) == [first] + [first + 2] * (steps - 1)
 
 
 @pytest.mark.parametrize("kind", ["chain", "repeat"])
@@ -107,14 +115,23 @@ def test_residuals_are_the_streams_at_any_depth(kind: str) -> None:
 def test_residuals_of_other_policies_are_what_they_say(kind: str) -> None:
     run, given = network(kind, 8)
     assert residual(run, given, Reverse(anchor_every=4)) == (2 + 2 * 3) * STREAM  # three anchors between four runs
-    assert residual(run, given, Reverse(anchor_every=6)) == (2 + 2 * 2) * STREAM
+    assert residual(run, given, Reverse(anchor_every=7)) == (2 + 2 * 2) * STREAM  # 7, 7 and 2 steps; pairs: 3, 3 and 2
     assert residual(run, given, Reverse(anchor_every=16)) == 2 * STREAM
     assert residual(run, given, StoreAll()) > 16 * STREAM
 
 
-def test_a_checkpoint_keeps_its_inputs() -> None:
-    run, given = network("chain", 8)
-    assert residual(run, given, Checkpoint(4)) == 4 * 2 * STREAM
+@pytest.mark.parametrize(("kind", "stored"), [("chain", 3), ("repeat", 4)])
+def test_stored_steps_keep_what_they_made_and_nothing_twice(kind: str, stored: int) -> None:
+    """The last three steps, in a Repeat two pairs: of each its source, tanh and its slope, and the streams before."""
+    before = 2 - (kind == "chain")  # one of them is a source; in a scan that is kept beside
+    assert residual(*network(kind, 8), Reverse(keep_last=3)) == (2 + before + 3 * stored) * STREAM
+
+
+def test_a_checkpoint_keeps_its_inputs_and_what_its_policy_names() -> None:
+    run, given = network("chain", 8, named)
+    assert residual(run, given, Checkpoint(7)) == 3 * 2 * STREAM  # 7, 7 and 2 steps
+    only = jax.checkpoint_policies.save_only_these_names("hidden")
+    assert residual(run, given, Checkpoint(7, recompute=only)) == (3 * 2 + 16) * STREAM - size(given[2])  # no context
 
 
 def dots(run: Any, given: Any, policy: Any) -> int:
@@ -212,6 +229,14 @@ def test_a_repeat_is_as_long_to_compile_at_any_depth() -> None:
 def test_a_barrier_stands_before_each_step_of_a_chain(kind: str) -> None:
     run, given = network(kind, 6)
     check_barriers(jax.make_jaxpr(gradient(run))(*given).jaxpr, 12 if kind == "chain" else 2)
+
+
+def test_what_a_repeat_stores_waits_before_the_rest_is_rebuilt() -> None:
+    """The stored iterations' four gradients and the context's, beside all parameters, streams and cotangents."""
+    run, given = network("repeat", 6)
+    found = barriers(jax.make_jaxpr(gradient(run, Reverse(keep_last=4)))(*given).jaxpr)
+    assert found[0] == 4 + 1 + 4 + 2 + 2
+    assert len(found) == 1 + 2  # and one for each step of the pair
 
 
 def test_a_missing_barrier_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

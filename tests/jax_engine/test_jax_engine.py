@@ -282,7 +282,29 @@ def test_check_inverse_reports_each_step() -> None:
     assert report.local[1] > 0.1
 
 
+def test_an_anchor_ends_the_errors_of_what_was_rebuilt() -> None:
+    wrong = Coupling.from_functions(lambda x, f: x + f, lambda y, f: y - f + 1)
+    network = revcore.revnet(2, wrong), [mlp] * 2, [mlp_params(i) for i in range(2)]
+    given = network[2], streams_for(network)
+    want, rebuilt, anchored = (
+        jax.jit(jax.grad(loss_of(network, policy)))(*given)
+        for policy in (StoreAll(), Reverse(), Reverse(anchor_every=1))
+    )
+    assert tree_error(rebuilt, want) > 0.01
+    assert tree_error(anchored, want) <= 1e-12
+
+
 # --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_static_arguments_that_are_equal_and_of_other_types_are_told_apart() -> None:
+    program, streams = Program((Couple(0, (1,)),)), (jnp.zeros(1), jnp.ones(1))
+
+    def block(p: Any, x: Any, how: Any) -> Any:
+        return x * [bool, int, float].index(type(how))
+
+    got = [revcore_jax.reversible(program, [block], [None], streams, how)[0].item() for how in (True, 1, 1.0)]
+    assert got == [0, 1, 2]
 
 
 def test_context_kwargs_and_layerwise_arguments_have_gradients() -> None:
@@ -389,6 +411,27 @@ def test_a_learned_bijection_may_close_over_values() -> None:
         return jnp.sum(y[0] * y[1])
 
     assert tree_error(jax.grad(loss)(normal(3, D), Reverse()), jax.grad(loss)(normal(3, D), StoreAll())) <= 1e-12
+
+
+def test_blocks_at_equal_steps_close_over_values_of_their_own() -> None:
+    """Two values in the first and one of them in the second, beside an argument of both."""
+    program = Program((Couple(0, (1,)), Couple(0, (1,))))
+    streams, context = (normal(1, 2, D), normal(2, 2, D)), normal(3, D)
+
+    def loss(values: Any, policy: Any) -> Any:
+        a, b = values
+        blocks = [lambda p, x, c: jnp.sin(a * x) * b + c, lambda p, x, c: jnp.cos(b * x) * c]
+        return jnp.sum(revcore_jax.reversible(program, blocks, [None] * 2, streams, context, policy=policy)[0] ** 2)
+
+    values = normal(4, D), normal(5, D)
+    x, y = streams[1], streams[0]
+
+    def plain(values: Any) -> Any:
+        a, b = values
+        return jnp.sum((y + jnp.sin(a * x) * b + context + jnp.cos(b * x) * context) ** 2)
+
+    got = jax.jit(jax.grad(loss), static_argnums=1)(values, Reverse())
+    assert tree_error(got, jax.jit(jax.grad(plain))(values)) <= 1e-12
 
 
 def test_a_coupling_that_closes_over_a_tracer_is_refused() -> None:

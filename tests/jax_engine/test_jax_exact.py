@@ -202,6 +202,15 @@ def test_noise_without_guard_bits(noise: Any, quick: None, monkeypatch: pytest.M
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(grads))  # whoever catches the error has nothing
 
 
+def test_noise_is_told_of_the_step_that_it_was_in(noise: Any, quick: None) -> None:
+    program = repeated("additive", 2, bits=18)
+    params, streams = given(program)
+    params[0]["v"] *= 0  # noise around nothing is far below the lattice
+    params[1]["v"] = (20 * params[1]["v"]).at[1].set(0)
+    with pytest.raises(JaxRuntimeError, match="step 1: the stream that was rebuilt is not the one that was there"):
+        jax.block_until_ready(jax.jit(gradient(program, Reverse(), noise))(params, streams))
+
+
 def test_noise_that_nobody_looks_for(noise: Any, quick: None) -> None:
     """Why there are checksums: the gradients are wrong, and look well."""
     program = repeated("bdia", 20, bits=18, checksum=False)  # whose inverse doubles an error in each step
@@ -250,6 +259,12 @@ def test_leaving_the_range_raises(place: str, quick: None) -> None:
         jax.block_until_ready(run(jnp.asarray([500.0, 0.5, 0.5, 0.5]), jnp.ones(3)))
 
 
+def test_whoever_catches_the_error_has_no_values(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "_raise_where", lambda *_: None)
+    w = jnp.asarray([500.0, 0.5, 0.5, 0.5])
+    assert np.isnan(tall(Reverse(), w, jnp.ones(3)))
+
+
 @pytest.mark.parametrize("policy", [StoreAll(), Checkpoint(2), DOTS], ids=name_of)
 def test_under_every_policy(policy: Any, quick: None) -> None:
     run = jax.jit(jax.grad(partial(tall, policy)))
@@ -288,6 +303,12 @@ def test_what_is_kept(kind: str, guard: int, checksum: bool) -> None:
     assert size(kept) - size(params) == 2 * ROWS * D * 4 + carried + 12 + 2 * 4
     if kind == "additive" and not guard and not checksum:
         assert carried == 0
+
+
+def test_each_step_waits_for_the_one_before() -> None:
+    """Else XLA compiles two runs of a block, among other neighbours, in two ways."""
+    program = repeated("additive", 4)
+    assert str(jax.make_jaxpr(partial(loss, program, StoreAll()))(*given(program))).count("optimization_barrier") == 2
 
 
 # --- where programs run -----------------------------------------------------------------------------------------------

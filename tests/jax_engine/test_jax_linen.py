@@ -171,6 +171,29 @@ def test_a_block_used_twice() -> None:
     model.apply(variables, inputs(), train=False)
     with pytest.raises(SpecError, match="block 0 changes its variables or draws random numbers"):
         model.apply(variables, inputs(), rngs={"dropout": jax.random.key(0)}, mutable=["batch_stats"])
+    drop = nn.Dropout(0.5, deterministic=False)
+    with pytest.raises(SpecError, match="block 0 changes its variables or draws random numbers"):
+        ReversibleSequential([drop, drop]).apply({}, inputs(), rngs={"dropout": jax.random.key(0)})
+
+
+def test_equal_layers_of_two_calls_are_traced_once() -> None:
+    """Linen makes blocks anew in every call."""
+    traced = []
+
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            traced.append(1)
+            return nn.Dense(D)(x)
+
+    variables = ReversibleSequential([Counting(), Counting()]).init(jax.random.key(0), inputs())
+    seen = []
+    for _ in range(3):
+        traced.clear()
+        ReversibleSequential([Counting(), Counting()]).apply(variables, inputs())
+        seen.append(len(traced))
+    assert seen[0] > 0
+    assert seen[1:] == [0, 0]
 
 
 @pytest.mark.parametrize(

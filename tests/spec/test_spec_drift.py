@@ -35,6 +35,7 @@ from revcore import (
     revnet,
 )
 from revcore.drift import EPS, dtype_name, foresee, report_of
+from revcore.probe import combined
 from tests.helpers import name_of
 
 DOUBLED = Coupling.from_functions(lambda x, f: 0.5 * x + f, lambda y, f: 2 * (y - f))
@@ -173,6 +174,11 @@ def test_measured_errors_make_the_same_kind_of_report() -> None:
     assert report.gradient == pytest.approx((2.4e-2, 1.2e-2, 1.2 * 0.0 + 0.6 * EPS["float32"] * 0), abs=1e-12)
     assert report.level == "warn"
     assert "measured, float32" in str(report)
+
+
+def test_each_stream_counts_by_its_size_however_many_samples_are_taken() -> None:
+    """Two samples each of streams of 30 and 10 elements, and errors in the small one alone."""
+    assert combined([(0.0, 8.0, 2, 30), (2.0, 8.0, 2, 10)]) == pytest.approx(math.sqrt(10 / 160))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.dtype("float32"), "float32"], ids=name_of)

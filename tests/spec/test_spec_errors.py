@@ -21,6 +21,7 @@ from revcore import (
     Checkpoint,
     Couple,
     Coupling,
+    MemoryBudget,
     Momentum,
     Program,
     Repeat,
@@ -30,6 +31,7 @@ from revcore import (
     grouped,
     leapfrog,
     momentum_net,
+    reference,
     reversible_columns,
     revnet,
 )
@@ -134,6 +136,11 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "every": (lambda: Checkpoint(0), "Checkpoint: every came as 0, but must be a whole number of at least 1"),
     "every True": (lambda: Checkpoint(True), "Checkpoint: every came as True"),
+    "fraction 30": (
+        lambda: MemoryBudget(fraction=30),
+        "MemoryBudget: fraction came as 30, expected a number more than 0 and at most 1",
+    ),
+    "fraction 0": (lambda: MemoryBudget(fraction=0), "MemoryBudget: fraction came as 0"),
     "policy text": (
         lambda: check_policy("reverse"),
         r"policy came as 'reverse' \(str\), expected an instance of Reverse",
@@ -166,6 +173,13 @@ def test_a_couple_refuses_a_block_that_returns_too_little() -> None:
             SpecError, match=f"Affine takes 2 arrays of its block's output, but the block returned {came}"
         ):
             step.split(output, ())
+
+
+def test_each_array_of_a_block_keeps_its_streams_shape() -> None:
+    streams = np.ones((2, 3)), np.ones((2, 3))
+    for block in (lambda x: (x[:, :1], x), lambda x: (x, x[:, :1])):
+        with pytest.raises(SpecError, match=r"block 0 returned shape \(2, 1\), but the stream .* has shape \(2, 3\)"):
+            reference.forward(revnet(1, Affine()), [block], streams)
 
 
 # --- segments ---------------------------------------------------------------------------------------------------------

@@ -170,6 +170,13 @@ def test_the_checksum_tells_errors_that_a_sum_does_not() -> None:
         assert _checksum(spoilt) != right
 
 
+def test_the_checksum_tells_one_number_that_is_off_by_its_highest_bit() -> None:
+    for place in range(64):
+        integers = np.zeros((4, 16), "i4")
+        integers.flat[place] = -(2**31)
+        assert _checksum(integers) != 0
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -161,6 +161,12 @@ def wrong_vjp(pull: Callable[[Momentum, Any, Any, Any], Any]) -> Coupling:
     return type("WrongMomentum", (Momentum,), {"vjp": lambda self, x, f, gy: pull(self, x, f, gy)})(0.9)
 
 
+class WrongAffine(Affine):
+    def vjp(self, x: Any, f: Any, gy: Any) -> Any:
+        gx, (g_scale, g_shift) = super().vjp(x, f, gy)
+        return gx, (g_scale, 2 * g_shift)
+
+
 def _nan(x: Any, f: Any) -> Any:
     return x / 0.0 * 0.0 + f
 
@@ -214,6 +220,7 @@ BAD: dict[str, tuple[Coupling, str]] = {
     "vjp swapped": (wrong_vjp(lambda c, x, f, gy: Momentum.vjp(c, x, f, gy)[::-1]), "vjp's gradient of x"),
     "vjp zero": (wrong_vjp(lambda c, x, f, gy: (0.9 * gy, 0 * gy)), r"vjp's gradient of f\[0\] gives 0 "),
     "vjp nan": (wrong_vjp(lambda c, x, f, gy: (0.9 * gy, np.nan * gy)), r"vjp's gradient of f\[0\] gives nan"),
+    "vjp of the second array": (WrongAffine(), r"vjp's gradient of f\[1\] gives"),
     "vjp nearly": (wrong_vjp(lambda c, x, f, gy: (0.9 * gy, 0.1 * (1 + 1e-6) * gy)), r"vjp's gradient of f\[0\]"),
 }
 

@@ -256,9 +256,15 @@ class Negated(Coupling):
         return f - y
 
 
-def test_a_coupling_of_ones_own_cannot_be_written_without_a_name() -> None:
+class Doubled(Additive):
+    def push(self, f: Any) -> Any:
+        return 2 * f
+
+
+@pytest.mark.parametrize("coupling", [Negated(), Doubled()], ids=["new", "derived from one that can"])
+def test_a_coupling_of_ones_own_cannot_be_written_without_a_name(coupling: Coupling) -> None:
     with pytest.raises(SpecError, match="is made of code"):
-        revnet(1, Negated()).to_dict()
+        revnet(1, coupling).to_dict()
 
 
 # --- what a program means ---------------------------------------------------------------------------------------------

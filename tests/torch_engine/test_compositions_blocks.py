@@ -409,6 +409,18 @@ def test_custom_function(model):
     return train(model)
 
 
+class ReadsTwice(Square):
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (once,), (again,) = ctx.saved_tensors, ctx.saved_tensors
+        return grads[0] * 2 * once.tanh() * (1 - again.tanh() ** 2)
+
+
+@kinds.same("the same, and its backward reads `ctx.saved_tensors` twice", make=lambda _: Apply(ReadsTwice.apply))
+def test_saved_tensors_read_twice(model):
+    return train(model)
+
+
 class Hoarder(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -424,10 +436,11 @@ class Hoarder(torch.autograd.Function):
     "a custom `autograd.Function` that keeps tensors on `ctx`",
     note="right values, and one warning with its name: memory grows",
 )
-def test_function_that_hides_tensors():
+@pytest.mark.parametrize("layers", [1, 0], ids=["after a layer", "alone"])
+def test_function_that_hides_tensors(layers):
     x = make_input()
-    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH)).double() for _ in range(2)]
-    blocks[1].register_forward_hook(lambda _, __, out: Hoarder.apply(out))
+    hoarder = nn.Sequential(*[nn.Linear(WIDTH, WIDTH)] * layers, Apply(Hoarder.apply))
+    blocks = [nn.Linear(WIDTH, WIDTH).double(), hoarder.double()]
     with pytest.warns(UserWarning, match=r"step 1 keeps tensors on ctx \(Hoarder\.x\)"):
         reversible(revcore.revnet(2), blocks, x.chunk(2, 1))
     ours = reversible(revcore.revnet(2), blocks, x.chunk(2, 1))  # a second warning would be an error

@@ -336,10 +336,26 @@ def test_dropout_in_one_graph(refused):
         train_compiled(ReversibleSequential(*[dropout_block() for _ in range(2)]).double())
 
 
-@two.refuses("batch statistics, with `fullgraph=True`", Unsupported, OUTSIDE + "a block changes its buffers")
-def test_statistics_in_one_graph(refused):
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x.tanh() * self.calls
+
+
+@two.refuses(
+    "batch statistics or any other buffer that moves, with `fullgraph=True`",
+    Unsupported,
+    OUTSIDE + "a block changes its buffers",
+)
+@pytest.mark.parametrize("make", [batch_norm_block, Counts])
+def test_statistics_in_one_graph(refused, make):
     with refused:
-        train_compiled(ReversibleSequential(*[batch_norm_block() for _ in range(2)]).double())
+        train_compiled(ReversibleSequential(*[make() for _ in range(2)]).double())
 
 
 @two.refuses("more outputs than `f`, with `fullgraph=True`", Unsupported, OUTSIDE + "a block returns more than its f")

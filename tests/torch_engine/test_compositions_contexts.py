@@ -328,6 +328,7 @@ def test_default_dtype(policy):
         finally:
             torch.set_default_dtype(torch.float32)
         loss.backward()
+        assert torch.get_default_dtype() == torch.float32
         grads.append(x.grad)
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 

@@ -285,6 +285,16 @@ def test_hook_removes_itself(model):
     return log.events
 
 
+@hooks.same("a backward hook that looks at what a node of a later layer saved (`retain_graph`)")
+def test_hook_reads_a_saved_tensor(model):
+    nodes, seen = [], []
+    model[3][1].register_forward_hook(lambda _, __, out: nodes.append(out.grad_fn))
+    model[1].register_full_backward_hook(lambda *_: seen.append(nodes[0]._saved_result))
+    x = make_input()
+    model(x).pow(2).sum().backward(retain_graph=True)
+    return x.grad, seen
+
+
 @hooks.same("forward hooks that cache a statistic on the module", note="ask `is_recomputing()`, or it counts twice")
 def test_forward_hook_with_a_counter(model):
     counts = dict.fromkeys(range(len(model)), 0)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import WIDTH, block, dropout_block, make_input, norm
+from harness import WIDTH, Apply, block, dropout_block, make_input, norm
 from registry import Section
 from torch import Tensor, nn
 
 import revcore
-from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
+from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll, reversible
 
 POLICIES = pytest.mark.parametrize("policy", [Reverse(), Reverse(anchor_every=2), Checkpoint()], ids=str)
 
@@ -242,6 +242,24 @@ def test_strided(model):
     x = make_input(width=4 * WIDTH)
     model(x[:, ::2]).pow(2).sum().backward()
     return x.grad
+
+
+@formats.works("a block that only takes contiguous streams (`view`), before a bijection that transposes them")
+def test_strides_after_a_bijection():
+    def turn(*streams: Tensor) -> tuple[Tensor, ...]:
+        return tuple(s.t().contiguous() for s in streams)
+
+    def turn_back(*streams: Tensor) -> tuple[Tensor, ...]:
+        return tuple(s.t() for s in streams)
+
+    steps = [revcore.Couple(0, (1,)), revcore.Bijection(turn, turn_back), revcore.Couple(1, (0,))]
+    flat = Apply(lambda h: h.view(-1).sin().view(h.shape))
+    gradients = []
+    for policy in (StoreAll(), Reverse()):
+        x = make_input()
+        torch.cat(reversible(revcore.Program(steps), [flat, flat], x.chunk(2, 0), policy=policy)).sin().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
 @formats.same("an expanded input (stride 0)")

@@ -146,6 +146,10 @@ def test_slices_keep_each_blocks_coupling() -> None:
         torch.testing.assert_close(whole[cut:](whole[:cut](x)), whole(x), rtol=1e-14, atol=1e-14)
 
 
+def test_a_slice_keeps_the_policy() -> None:
+    assert ReversibleSequential(block(), block(), policy=Checkpoint())[1:].policy == Checkpoint()
+
+
 @objects.same("`append`, `insert`, `extend`, `del`, `pop`, and a block replaced")
 def test_edited(model):
     torch.manual_seed(3)
@@ -256,11 +260,12 @@ def functions(*blocks):
 
 
 @streams.works("`model.inverse(model(x))` is `x`, for any `split_dim`")
-@pytest.mark.parametrize("split_dim", [1, -1, 0])
-def test_inverse(split_dim):
+@pytest.mark.parametrize(("split_dim", "num_streams"), [(1, 2), (-1, 2), (0, 2), (1, 3)])
+def test_inverse(split_dim, num_streams):
     x = make_input().detach()
-    width = WIDTH if split_dim else 2 * WIDTH
-    model = ReversibleSequential(*[block(width) for _ in range(5)], split_dim=split_dim).double().eval()
+    width = 2 * WIDTH // num_streams if split_dim else 2 * WIDTH
+    blocks = [block(width) for _ in range(5)]
+    model = ReversibleSequential(*blocks, split_dim=split_dim, num_streams=num_streams).double().eval()
     assert (model.inverse(model(x)) - x).norm() <= 1e-14 * x.norm()
 
 

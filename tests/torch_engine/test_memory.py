@@ -114,6 +114,20 @@ def test_reversible_peak_is_equal_at_every_depth() -> None:
     assert len(set(peaks.values())) == 1, peaks
 
 
+def test_a_loss_on_an_activation_of_the_first_block_takes_as_much_at_every_depth() -> None:
+    def peak_of_the_first(depth: int) -> int:
+        model = ReversibleSequential(*[mlp() for _ in range(depth)])
+        caught: list[Tensor] = []
+        model[0][1].register_forward_hook(lambda _, __, out: caught.append(out))
+        with LiveBytes() as memory:
+            y = model(torch.randn(64, 16))
+            caught[0].sum().backward()
+            del y
+        return memory.peak
+
+    assert peak_of_the_first(4) == peak_of_the_first(16)
+
+
 @pytest.mark.parametrize("policy", [StoreAll(), Checkpoint()], ids=repr)
 def test_other_policies_grow_with_depth(policy: Policy) -> None:
     peaks = [peak(depth, policy, mlp) for depth in (4, 8, 12, 16)]

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from revcore import Checkpoint, Couple, Momentum, Policy, Program, Reverse, SpecError, StoreAll
 from revcore_torch import ReversibleSequential, planner, zoo
 from revcore_torch.memory import LiveBytes
-from revcore_torch.planner import Plan, plan
+from revcore_torch.planner import Plan, Row, plan
 
 WIDTH = 8
 POLICIES = (StoreAll, Checkpoint, Reverse)
@@ -106,6 +106,12 @@ def test_the_plan_is_what_a_real_run_takes(make: Callable[[int], tuple[nn.Module
     policies = [*planner.default_policies(depth), Reverse(anchor_every=3), (StoreAll(), *[Reverse()] * (depth - 1))]
     found = plan(model, x, policies={2: policies, 8: policies[::3], 16: policies[1::3]}[depth])
     assert not differences(found, model, x)
+
+
+def test_a_policy_is_planned_for_every_network_of_a_model() -> None:
+    (first, x), (second, _) = perceptron(2), perceptron(4)
+    model = nn.Sequential(first, second)
+    assert not differences(plan(model, x, policies=[StoreAll(), Reverse()]), model, x)
 
 
 def test_kept_operations_and_offload_are_planned_too() -> None:
@@ -256,11 +262,11 @@ def test_work_is_counted_in_forward_passes() -> None:
 
 
 def test_totals() -> None:
-    model, x = perceptron(4)
-    size = 4 * sum(p.numel() for p in model.parameters())
+    model, x = classifier(4)
+    size, buffers = (sum(t.nbytes for t in tensors) for tensors in (model.parameters(), model.buffers()))
     found = plan(model, x, optimizer="adamw", gradients=True, policies=[Reverse()])
-    assert (found.parameters, found.gradients, found.optimizer, found.depth) == (size, size, 2 * size, 4)
-    assert found.total(found.rows[0]) == 4 * size + found.rows[0].peak
+    assert (found.parameters, found.gradients, found.optimizer, found.depth) == (size + buffers, size, 2 * size, 4)
+    assert found.total(found.rows[0]) == 4 * size + buffers + found.rows[0].peak
 
 
 def test_a_loss_of_ones_own_and_inputs_of_any_kind() -> None:
@@ -355,6 +361,15 @@ def test_the_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SpecError, match=r"pip install 'revcore-nn\[demo\]'"):
         found.plot(tmp_path / "other.png")
+
+
+def test_the_bars_of_the_picture_end_at_the_totals(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, _: figures.append(figure))
+    gib = 2**30
+    rows = Row(StoreAll(), gib, 5 * gib, 1, 3.0), Row(Reverse(), gib, gib, 1, 4.0)
+    Plan(parameters=2 * gib, gradients=0, optimizer=4 * gib, depth=4, rows=rows).plot("plan.png")
+    assert [bar.get_x() + bar.get_width() for bar in figures[0].axes[0].patches[-2:]] == [11, 7]
 
 
 def test_the_table() -> None:

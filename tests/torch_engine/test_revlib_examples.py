@@ -361,6 +361,11 @@ def test_172_offload_intermediates() -> None:
         out = (a * b).exp()
     out.sum().backward()
     torch.testing.assert_close(a.grad, b * (a * b).exp(), rtol=0, atol=0)
+    with memory_efficient_intermediates(storage_device="cpu"):
+        out = (a * b).exp()
+    out.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place after it was saved"):
+        out.sum().backward()
     with memory_efficient_intermediates(storage_device="meta"):  # it does go there: the data is gone
         out = (a * b).exp()
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import revcore_torch as revlib
-from revcore_torch.utils import module_list_to_momentum_net, momentum_net
+from revcore_torch.utils import MomentumNetStem, module_list_to_momentum_net, momentum_net
 
 WIDTH = 4
 
@@ -144,8 +144,8 @@ class Wrapped(nn.Module):
 
 
 def test_names_of_today_stay_as_they_are() -> None:
-    blocks = OrderedDict(stem=Stem().stem[0], other=Stem())
-    blocks["0-0"] = Wrapped()
+    blocks: dict[str, nn.Module] = OrderedDict(stem=nn.Sequential(Wrapped()), other=Stem())
+    blocks["0-0"] = MomentumNetStem(Wrapped())
     model = revlib.ReversibleSequential(blocks)
     twin = copy.deepcopy(model)
     for p in twin.parameters():
