@@ -1,10 +1,10 @@
-"""A process that has imported what many ranks need, and forks them: a rank then starts in milliseconds, not seconds.
+"""A process that has imported what many others need, and forks them: they start in milliseconds, not seconds.
 
-``python template.py SOCKET MODULE…`` imports the modules, listens on the Unix socket and forks a process for
-each :class:`Start` that it reads. That process acts as ``python COMMAND`` would: it leads a process group
-of its own, has the environment and the folder of the request, and writes to its log. Its exit code is sent back over the connection; when
-the connection ends first, the process ends with all that it started. The template itself goes when nobody is connected
-to it any more, however that came about.
+``python template.py SOCKET MODULE…`` imports the modules, listens on the Unix socket and forks a process for each
+:class:`Start` that it reads. That process acts as ``python COMMAND`` would: it leads a process group of its own, has
+the environment and the folder of the request, and writes to its log. Its exit code is sent back over the connection;
+when the connection ends first, the process ends with all that it started. The template itself goes when nobody is
+connected to it any more, however that came about.
 
 Nothing but imports may happen here: no thread, no process group and no JAX backend survives a fork.
 """
@@ -173,6 +173,14 @@ def fork(start: Start, close: Sequence[socket.socket]) -> int:
         os._exit(code)
 
 
+def write_down_cost(start: Start, cpu: float) -> None:
+    """Note what a process took, for ``make costs``: whoever asked for it is not its parent, and cannot know."""
+    if folder := start.environment.get("REVCORE_COSTS"):
+        test = start.environment.get("PYTEST_CURRENT_TEST", "").rsplit(" (", 1)[0]
+        with (Path(folder) / f"template{os.getpid()}.jsonl").open("a") as out:
+            out.write(json.dumps({"kind": "forked", "test": test, "cpu": cpu}) + "\n")
+
+
 def kill(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
@@ -188,7 +196,7 @@ def serve(listener: socket.socket) -> None:
     selector = selectors.DefaultSelector()
     selector.register(listener, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
-    running: dict[int, socket.socket] = {}  # by process
+    running: dict[int, tuple[socket.socket, Start]] = {}  # by process
     connected: set[socket.socket] = set()
     served = False
 
@@ -208,20 +216,21 @@ def serve(listener: socket.socket) -> None:
             elif found is woken:
                 woken.recv(4096)
                 while running:
-                    pid, status = os.waitpid(-1, os.WNOHANG)
+                    pid, status, usage = os.wait4(-1, os.WNOHANG)
                     if pid == 0:
                         break
-                    connection = running.pop(pid, None)
-                    if connection is not None:
-                        with contextlib.suppress(OSError):
-                            connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                    connection, start = running.pop(pid)
+                    write_down_cost(start, usage.ru_utime + usage.ru_stime)
+                    with contextlib.suppress(OSError):
+                        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
             elif line := found.makefile("r").readline():
                 open_now = [listener, woken, wakes, *connected]
-                pid = fork(Start(**json.loads(line)), open_now)
-                running[pid] = found
+                start = Start(**json.loads(line))
+                pid = fork(start, open_now)
+                running[pid] = found, start
                 found.sendall(f"{pid}\n".encode())
             else:
-                for pid in [pid for pid, connection in running.items() if connection is found]:
+                for pid in [pid for pid, (connection, _) in running.items() if connection is found]:
                     kill(pid)
                 forget(found)
     for pid in running:

@@ -18,7 +18,8 @@ TIERS = "fast", "long", "all"
 def product(*axes: Iterable[Any], fast: Callable[..., bool], name: Callable[[Any], str] = str) -> list[Any]:
     """Return what ``parametrize`` takes for all combinations; those that are not ``fast(*combination)`` are long.
 
-    >>> [(case.values, case.id, [mark.name for mark in case.marks]) for case in product([1, 2], "a", fast=lambda n, _: n < 2)]
+    >>> cases = product([1, 2], "a", fast=lambda n, _: n < 2)
+    >>> [(case.values, case.id, [mark.name for mark in case.marks]) for case in cases]
     [((1, 'a'), '1-a', []), ((2, 'a'), '2-a', ['long'])]
     """
     return [

@@ -95,9 +95,7 @@ def environment(rank: int, world: int, port: int) -> dict[str, str]:
         "PYTHONFAULTHANDLER": "1",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": os.pathsep.join(
-            [*map(str, (ROOT, ROOT / "tests", Path(__file__).parent)), os.environ.get("PYTHONPATH", "")]
-        ),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
 
 
@@ -134,7 +132,7 @@ _alive: list[socket.socket] = []  # templates end when nobody is connected to th
 
 @functools.cache
 def template_of(modules: tuple[str, ...]) -> Path:
-    """Return the socket of a template that has imported these; pytest's workers share it, and the first one starts it."""
+    """Return the socket of a template that has imported these; pytest's workers share it, the first starts it."""
     shared = Path(os.environ.get("REVCORE_TEMPLATES") or tempfile.mkdtemp(prefix="revcore-"))
     path = shared / f"{abs(hash_of(modules))}.socket"
     try:
@@ -205,9 +203,8 @@ class Ranks:
 
     def dump(self) -> None:
         """Let each rank that still runs write into its log where it is."""
-        running = [
-            (p, log, log.stat().st_size) for p, log in zip(self.processes, self.logs, strict=True) if not p.poll()
-        ]
+        both = zip(self.processes, self.logs, strict=True)
+        running = [(process, log, log.stat().st_size) for process, log in both if process.poll() is None]
         for process, _, _ in running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, DUMP)

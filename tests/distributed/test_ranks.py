@@ -1,4 +1,4 @@
-"""What becomes of a case that goes wrong: it is reported under its own name, and the cases after it run all the same."""
+"""What becomes of a case that goes wrong: it fails under its own name, and the cases after it run all the same."""
 
 from __future__ import annotations
 

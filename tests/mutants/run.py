@@ -4,13 +4,14 @@
     make mutants ARGS="--only bdia"       # those whose name has "bdia" in it
     make mutants ARGS="--all"             # each against the whole fast suite (hours)
 
-A mutant is *caught* if a test fails, *missed* if all pass. It is an error if one is missed, if its text no longer stands
-there exactly once, if a test that it names is not there, or if that test fails without any change. README.md says more.
+A mutant is *caught* if a test fails, *missed* if all pass. It is an error if one is missed, if its text no longer
+stands there exactly once, if a test that it names is not there, or if that test fails without any change.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import queue
@@ -115,7 +116,7 @@ def copy_checkout(root: Path, to: Path) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Return the variables of a test run in this copy: its packages are found first, and it has templates of its own."""
+    """Return the variables of a test run in this copy: its packages are found first, its templates are its own."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -149,10 +150,8 @@ class Copy:
         except subprocess.TimeoutExpired:
             code = -1
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
         return code, log.read_text(errors="replace")
 

@@ -1,6 +1,6 @@
 """Counts what each process of a measured test run starts and compiles; Python imports this file by its name.
 
-``scripts/test_costs.py`` puts this folder on ``PYTHONPATH``, so every Python process of the run has it, whoever started
+``tests/costs/run.py`` puts this folder on ``PYTHONPATH``, so every Python process of the run has it, whoever started
 it: pytest's workers, ranks, and what these start. Each appends to a file of its own in ``REVCORE_COSTS``.
 """
 
@@ -9,7 +9,6 @@ import importlib.abc
 import json
 import os
 import sys
-import time
 from typing import Any
 
 FOLDER = os.environ.get("REVCORE_COSTS", "")
@@ -47,18 +46,23 @@ def record(**what: Any) -> None:
         out.write(json.dumps(what) + "\n")
 
 
+def _test() -> str:
+    """Return the test that started this process; a forked one gets its variables late."""
+    return os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" (", 1)[0]
+
+
 def _at_exit() -> None:
-    times = os.times()
-    record(kind="exit", pid=os.getpid(), cpu=times.user + times.system, dynamo_frames=dynamo_frames(), **counts)
+    record(kind="exit", test=_test(), dynamo_frames=dynamo_frames(), **counts)
 
 
 def _start() -> None:
-    test = os.environ.get("PYTEST_CURRENT_TEST", "").rsplit(" (", 1)[0]
-    record(kind="start", pid=os.getpid(), parent=os.getppid(), test=test, argv=sys.orig_argv[:6], time=time.time())
-    atexit.register(_at_exit)
+    for name in counts:
+        counts[name] = 0
+    record(kind="start", test=_test(), argv=sys.orig_argv[:6])
 
 
 if FOLDER:
     sys.meta_path.insert(0, _ListenToJax())
     _start()
+    atexit.register(_at_exit)  # which a fork inherits
     os.register_at_fork(after_in_child=_start)

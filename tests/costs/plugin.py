@@ -1,4 +1,4 @@
-"""A pytest plugin: what each test cost, and which lines it ran (where coverage measures). See ``scripts/test_costs.py``."""
+"""A pytest plugin: what each test cost, and which lines it ran, where coverage measures (``run.py``)."""
 
 import os
 import sys
