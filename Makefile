@@ -72,7 +72,7 @@ demo: $(READY) ## train a reversible network and show what it took; ARGS="--help
 bench: $(READY) ## compare with checkpointing and other libraries; ENGINE=jax for JAX; ARGS="--help" says how
 	$(BIN)/python -m benchmarks.$(ENGINE)_engine $(ARGS)
 
-# `make test` builds the site too, into a folder of its own (tests/test_docs.py).
+# `make test` builds the site too, into a folder of its own (tests/docs/test_docs.py).
 docs: $(READY) ## build the documentation site into build/docs; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 

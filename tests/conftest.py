@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiers
 from hypothesis import settings
+
+from tests import tiers
 
 # The same examples each time, and no clock: machines are slow when they are busy.
 settings.register_profile("revcore", derandomize=True, deadline=None)

@@ -1,6 +1,6 @@
 """A process that has imported what many others need, and forks them: they start in milliseconds, not seconds.
 
-``python template.py SOCKET MODULE…`` imports the modules, listens on the Unix socket and forks a process for each
+``python -m tests.template SOCKET MODULE…`` imports the modules, listens on the Unix socket and forks a process for each
 :class:`Start` that it reads. That process acts as ``python COMMAND`` would: it leads a process group of its own, has
 the environment and the folder of the request, and writes to its log. Its exit code is sent back over the connection;
 when the connection ends first, the process ends with all that it started. The template itself goes when nobody is
@@ -92,7 +92,8 @@ def start_template(
     """Start a template that listens at ``path``, and wait until it does; its processes share Python's ``options``."""
     with path.with_suffix(".log").open("wb") as log:
         done = subprocess.run(
-            [sys.executable, *options, __file__, str(path), *modules], env=environment, cwd=folder, check=False,
+            [sys.executable, *options, "-m", "tests.template", str(path), *modules],
+            env=environment, cwd=folder, check=False,
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     if done.returncode:
@@ -249,4 +250,5 @@ def main(path: Path, modules: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    del sys.modules["tests"]  # a process may have tests of another checkout
     main(Path(sys.argv[1]), sys.argv[2:])

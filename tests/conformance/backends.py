@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import os
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from cases import Case, loss, parted, values_of
+import pytest
 
 from revcore import Policy, Reverse, StoreAll
 from revcore.parity import Record, to_numpy
 from revcore.weights import stack, unstack
+from tests.conformance.cases import Case, loss, parted, values_of
 
 
 class Backend(Protocol):
@@ -292,3 +295,18 @@ def _record(case: Case, result: Any, gradients: Mapping[str, Any], dtype: str) -
 
 
 BACKENDS: dict[str, Any] = {"torch": TorchBackend, "jax": JaxBackend}
+
+_made: dict[str, Backend] = {}
+
+
+def load_backend(name: str, environ: Any = os.environ) -> Backend:
+    """Return a backend. One that is not installed is skipped at home, and an error where CI is set."""
+    if name not in _made:
+        try:
+            importlib.import_module(f"revcore_{name}")
+        except ImportError as error:
+            if environ.get("CI"):
+                raise
+            pytest.skip(f"no {name} here: {error}")
+        _made[name] = BACKENDS[name]()
+    return _made[name]

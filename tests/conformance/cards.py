@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from backends import JaxBackend, TorchBackend
-from cases import COUPLINGS, DEPTHS, STREAMS, STRUCTURES, Case, oracle, plain
-
 from revcore import Policy, Reverse, StoreAll
 from revcore.parity import EPS, Record, compare
+from tests.conformance.backends import JaxBackend, TorchBackend
+from tests.conformance.cases import COUPLINGS, DEPTHS, STREAMS, STRUCTURES, Case, oracle, plain
 
 
 @dataclass(frozen=True)

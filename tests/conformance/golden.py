@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cases import Arrays, Case, Mlp, Pointwise, Project, Shear, case_of, oracle
-
 from revcore import (
     Additive,
     Affine,
@@ -31,6 +29,7 @@ from revcore import (
 )
 from revcore.parity import Record
 from revcore.weights import load, save
+from tests.conformance.cases import Arrays, Case, Mlp, Pointwise, Project, Shear, case_of, oracle
 
 FOLDER = Path(__file__).parent.parent / "golden"
 KINDS = {kind.__name__: kind for kind in (Mlp, Pointwise, Shear, Project)}

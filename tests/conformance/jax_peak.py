@@ -1,4 +1,4 @@
-"""Print what one gradient of a reversible scan in JAX takes: ``python jax_peak.py gpu 32``.
+"""Print what one gradient of a reversible scan in JAX takes: ``python -m tests.conformance.jax_peak gpu 32``.
 
 Three numbers of bytes: temporary memory as compiled; that of all arguments and results; and, where the device counts,
 its peak less what was in use before (else ``None``). A process of its own, for the counter is never set back.

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from backends import Backend
 
 from revcore import Affine, Anchor, Chain, Couple, Coupling, Program, Repeat, SpecError, revnet
+from tests.conformance.backends import Backend
 
 PROGRAM = revnet(2)
 

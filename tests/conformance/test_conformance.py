@@ -10,12 +10,12 @@ import functools
 from collections.abc import Callable
 
 import pytest
-from backends import Backend
-from cases import COUPLINGS, DEPTHS, STREAMS, STRUCTURES, Case, oracle, plain
-from tiers import product
 
 from revcore import Checkpoint, Policy, Program, Reverse, StoreAll
 from revcore.parity import EPS, Record, Report, compare
+from tests.conformance.backends import Backend
+from tests.conformance.cases import COUPLINGS, DEPTHS, STREAMS, STRUCTURES, Case, oracle, plain
+from tests.tiers import product
 
 REBUILDING: tuple[Policy, ...] = (
     Reverse(),

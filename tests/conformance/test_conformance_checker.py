@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import Backend
-from cases import (
+
+from revcore import Couple, Reverse, StoreAll, reference, revnet
+from revcore.parity import EPS, Record, compare
+from tests.conformance.backends import Backend, load_backend
+from tests.conformance.cases import (
     COUPLINGS,
     STRUCTURES,
     Bound,
@@ -22,11 +25,7 @@ from cases import (
     plain,
     reference_forward,
 )
-from conftest import load_backend
-from test_conformance import against_oracle
-
-from revcore import Couple, Reverse, StoreAll, reference, revnet
-from revcore.parity import EPS, Record, compare
+from tests.conformance.test_conformance import against_oracle
 
 CASE = plain("momentum", 8, 2)
 AUX = next(case for case in STRUCTURES if case.name == "aux")

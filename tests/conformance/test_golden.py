@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors
-from backends import Backend
-from cases import Case
-from golden import CASES, FOLDER, KINDS, path_of, read, write
-from test_conformance_checker import adjoint_by_hand
-from test_random_programs import eagerly
-from tiers import product
 
 from revcore import Reverse
 from revcore.parity import EPS, Record, Report, compare
 from revcore.weights import load, save
+from tests.conformance.backends import Backend
+from tests.conformance.cases import Case
+from tests.conformance.golden import CASES, FOLDER, KINDS, path_of, read, write
+from tests.conformance.test_conformance_checker import adjoint_by_hand
+from tests.conformance.test_random_programs import eagerly
+from tests.tiers import product
 
 PATHS = sorted(FOLDER.glob("*.safetensors"))
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backends import TorchBackend
-from cards import BFLOAT16, FLOAT32, FLOAT64, PRECISIONS, TF32, Card, Precision, examine
-from cases import STRUCTURES, Case, case_of, plain
-from conftest import load_backend
 
 from revcore import Checkpoint, Coupling, Reverse, StoreAll, revnet
+from tests.conformance.backends import TorchBackend, load_backend
+from tests.conformance.cards import BFLOAT16, FLOAT32, FLOAT64, PRECISIONS, TF32, Card, Precision, examine
+from tests.conformance.cases import STRUCTURES, Case, case_of, plain
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -189,7 +188,7 @@ def jax_peak(card: Card, depth: int) -> tuple[int, int, int | None]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if card.kind == "gpu":  # trying out kernels takes memory, and the counter is never set back
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-    command = [sys.executable, str(Path(__file__).parent / "jax_peak.py"), card.kind, str(depth)]
+    command = [sys.executable, "-m", "tests.conformance.jax_peak", card.kind, str(depth)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     temp, own, peak = done.stdout.split()
@@ -247,7 +246,7 @@ def test_a_compiled_model(card: Card) -> None:
 def test_float32_streams_under_bfloat16_blocks(name: str) -> None:
     """``test_stream_dtype.py`` is the rehearsal."""
     card = usable(Card("gpu"))
-    from test_stream_dtype import Jax, Torch, drift
+    from tests.conformance.test_stream_dtype import Jax, Torch, drift
 
     with card.on(name):
         assert drift(Jax() if name == "jax" else Torch(), "float32") <= 5e-3

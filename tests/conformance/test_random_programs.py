@@ -14,9 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from backends import BACKENDS, Backend
-from cases import GATED, Case, Mlp, Project, Shear, case_of, momentum_pair, oracle
-from conftest import load_backend
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
@@ -43,6 +40,8 @@ from revcore import (
 )
 from revcore.parity import EPS, Record, Report, compare
 from revcore.step import Permute, Step
+from tests.conformance.backends import BACKENDS, Backend, load_backend
+from tests.conformance.cases import GATED, Case, Mlp, Project, Shear, case_of, momentum_pair, oracle
 
 LIMIT = 1e-11
 NEGATED = Coupling.from_functions(lambda x, f: f - x, lambda y, f: f - y)

@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import load_backend
-from tiers import product
 
 from revcore import (
     Anchor,
@@ -25,6 +23,8 @@ from revcore import (
     StoreAll,
 )
 from revcore.parity import to_numpy
+from tests.conformance.backends import load_backend
+from tests.tiers import product
 
 WIDTH = 16
 
@@ -413,7 +413,7 @@ def torch_by_hand(model: Any, x: Any, mean: bool) -> Any:
     return (((a + b) / 2) if mean else torch.cat((a, b), 1)).bfloat16()
 
 
-@pytest.mark.filterwarnings(  # what dynamo does itself, as in tests/torch_engine/test_compositions_compile.py
+@pytest.mark.filterwarnings(  # what dynamo does itself, as in tests/torch/test_compositions_compile.py
     "ignore:.*should not be instantiated. Methods on autograd functions",
     "ignore:The .grad attribute of a Tensor that is not a leaf",
 )

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from networks import MLP, VOCABULARY, WIDTH, Attention, adamw
-from ranks import OF_DEEPSPEED, PATIENCE
 from torch import Tensor, nn
 
 from revcore import Affine, Chain, Couple, Momentum, Program, Repeat
 from revcore_torch import ReversibleSequential
 from revcore_torch.memory import LiveBytes
+from tests.distributed.networks import MLP, VOCABULARY, WIDTH, Attention, adamw
+from tests.distributed.ranks import OF_DEEPSPEED, PATIENCE
 
 MICRO = 2  # rows of a micro-batch
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu"}

@@ -40,8 +40,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from left import global_state, left_behind
-from template import DUMP, Process, Start, connect, start_template
+
+from tests.distributed.left import global_state, left_behind
+from tests.template import DUMP, Process, Start, connect, start_template
 
 PATIENCE = 300.0  # seconds that a collective waits for the other ranks
 LIMIT = 600.0  # seconds for one case, and for the start: one that hangs is to fail, not to stop everything
@@ -312,7 +313,7 @@ class Cases(dict[str, Case]):
 
         @pytest.fixture(scope="module", name="outcomes")
         def outcomes(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Outcomes:
-            from helpers import once
+            from tests.helpers import once
 
             asked: set[str] = set()
             for item in request.session.items:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import PATIENCE
 from rich.console import Console
 
 from examples.distributed.torch_engines import EngineName, Learner, run
 from revcore import Reverse
 from revcore_torch import ReversibleSequential
+from tests.distributed.ranks import PATIENCE
 
 STEPS, STOP, EVERY = 9, 7, 3
 

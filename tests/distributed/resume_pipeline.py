@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from networks import batches
-from pipelines import additive, init, layers_of, start, train
-from ranks import PATIENCE
-from resume import EVERY, STEPS, STOP
 from torch import nn
+
+from tests.distributed.networks import batches
+from tests.distributed.pipelines import additive, init, layers_of, start, train
+from tests.distributed.ranks import PATIENCE
+from tests.distributed.resume import EVERY, STEPS, STOP
 
 
 def stop(block: nn.Module, folder: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from networks import adamw, loss_of, part_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revcore_torch import is_recomputing
+from tests.distributed.networks import adamw, loss_of, part_of
 
 # FSDP2 says so of any block that ends in a linear layer, reversible or not
 VIEW = "FSDP2-wrapped module .* returned a view tensor"

@@ -9,16 +9,27 @@ from typing import Any
 
 import pytest
 import torch
-from held import Held
-from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, part_of, train_alone, values_of
-from ranks import TRAINERS, Cases, Outcomes, shared_folder
-from sharding import VIEW, wholes
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from revcore import SpecError
 from revcore_torch import Reverse, StoreAll
+from tests.distributed.held import Held
+from tests.distributed.networks import (
+    CLIP,
+    Transformer,
+    adamw,
+    assert_close,
+    batches,
+    clipped,
+    loss_of,
+    part_of,
+    train_alone,
+    values_of,
+)
+from tests.distributed.ranks import TRAINERS, Cases, Outcomes, shared_folder
+from tests.distributed.sharding import VIEW, wholes
 
 pytest.importorskip("accelerate")
 

@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from networks import (
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from revcore import Momentum, revnet
+from revcore_torch import Checkpoint, MemoryBudget, Reverse, StoreAll
+from tests.distributed.networks import (
     WIDTH,
     Transformer,
     adamw,
@@ -23,12 +28,7 @@ from networks import (
     values_of,
     with_lora,
 )
-from ranks import TRAINERS, Cases, Outcomes
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-from revcore import Momentum, revnet
-from revcore_torch import Checkpoint, MemoryBudget, Reverse, StoreAll
+from tests.distributed.ranks import TRAINERS, Cases, Outcomes
 
 CASES = Cases(world=2, imports=TRAINERS)
 

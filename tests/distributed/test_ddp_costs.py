@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Transformer, assert_close, batches, loss_of, part_of
-from ranks import TRAINERS, Cases, Outcomes
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from revcore import Reverse, StoreAll
 from revcore_torch.memory import LiveBytes
+from tests.distributed.networks import Transformer, assert_close, batches, loss_of, part_of
+from tests.distributed.ranks import TRAINERS, Cases, Outcomes
 
 CASES = Cases(world=2, imports=TRAINERS)
 DEPTH = 6

@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, environment, free_port
+
+from tests.distributed.ranks import ROOT, environment, free_port
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)

@@ -5,11 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from networks import CLIP, assert_close, batches, clipped, distance, train_alone, values_of
-from pipelines import ENVIRONMENT, LEAVES, additive, check_calls, count_calls, here, init, layers_of, start, train
-from ranks import DEEPSPEED, Cases, Outcomes
 
 from revcore import Momentum
+from tests.distributed.networks import CLIP, assert_close, batches, clipped, distance, train_alone, values_of
+from tests.distributed.pipelines import (
+    ENVIRONMENT,
+    LEAVES,
+    additive,
+    check_calls,
+    count_calls,
+    here,
+    init,
+    layers_of,
+    start,
+    train,
+)
+from tests.distributed.ranks import DEEPSPEED, Cases, Outcomes
 
 pytest.importorskip("deepspeed")
 

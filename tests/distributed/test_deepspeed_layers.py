@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from networks import MLP, VOCABULARY, WIDTH
-from pipelines import additive
 from torch import nn
 
 from revcore import Bijection, Couple, MemoryBudget, Program, Reverse, SpecError
 from revcore_torch import ReversibleSequential
+from tests.distributed.networks import MLP, VOCABULARY, WIDTH
+from tests.distributed.pipelines import additive
 
 pytest.importorskip("deepspeed")
 

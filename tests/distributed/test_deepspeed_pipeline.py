@@ -11,8 +11,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from networks import MLP, VOCABULARY, WIDTH, assert_close, batches, train_alone, values_of
-from pipelines import (
+from torch import Tensor, nn
+
+from revcore import (
+    Additive,
+    Checkpoint,
+    Momentum,
+    Reverse,
+    SpecError,
+    StoreAll,
+    leapfrog,
+    momentum_net,
+)
+from revcore_torch import ReversibleSequential
+from tests.distributed.networks import MLP, VOCABULARY, WIDTH, assert_close, batches, train_alone, values_of
+from tests.distributed.pipelines import (
     ENVIRONMENT,
     LEAVES,
     Beside,
@@ -32,20 +45,7 @@ from pipelines import (
     start,
     train,
 )
-from ranks import DEEPSPEED, Cases, Outcomes
-from torch import Tensor, nn
-
-from revcore import (
-    Additive,
-    Checkpoint,
-    Momentum,
-    Reverse,
-    SpecError,
-    StoreAll,
-    leapfrog,
-    momentum_net,
-)
-from revcore_torch import ReversibleSequential
+from tests.distributed.ranks import DEEPSPEED, Cases, Outcomes
 
 pytest.importorskip("deepspeed")
 

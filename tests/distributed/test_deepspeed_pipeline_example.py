@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, free_port
+
+from tests.distributed.ranks import ROOT, free_port
 
 pytest.importorskip("deepspeed")
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from networks import (
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+import revcore
+from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
+from tests.distributed.networks import (
     MLP,
     Attention,
     Transformer,
@@ -23,16 +31,8 @@ from networks import (
     values_of,
     with_lora,
 )
-from ranks import TRAINERS, Cases, Outcomes, shared_folder
-from sharding import VIEW, line, shard, train, wholes
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-
-import revcore
-from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
+from tests.distributed.ranks import TRAINERS, Cases, Outcomes, shared_folder
+from tests.distributed.sharding import VIEW, line, shard, train, wholes
 
 CASES = Cases(world=2, imports=TRAINERS)
 

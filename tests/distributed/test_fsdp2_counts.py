@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Plain, Transformer, assert_close, batches, distance, loss_of, part_of
-from ranks import TRAINERS, Cases, Outcomes
-from sharding import VIEW, events, gradients, shard
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
@@ -20,6 +17,9 @@ import revcore
 from revcore.errors import InversionError
 from revcore_torch import Checkpoint, Reverse, StoreAll
 from revcore_torch.memory import LiveBytes
+from tests.distributed.networks import Plain, Transformer, assert_close, batches, distance, loss_of, part_of
+from tests.distributed.ranks import TRAINERS, Cases, Outcomes
+from tests.distributed.sharding import VIEW, events, gradients, shard
 
 CASES = Cases(world=2, imports=TRAINERS)
 DEPTH = 4

@@ -16,11 +16,11 @@ jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
 pytest.importorskip("orbax.checkpoint")
 
-from ranks import ROOT  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from examples.distributed import jax_sharding  # noqa: E402
 from revcore import SpecError  # noqa: E402
+from tests.distributed.ranks import ROOT  # noqa: E402
 
 NUMBER = r"([0-9.e+-]+)"
 

@@ -1,6 +1,6 @@
 """Training a reversible transformer on a mesh of eight fake devices: the run of one device, memory, and collectives.
 
-(What transforms do on several devices, ``shard_map`` above all, is in tests/jax_engine/test_jax_sharding.py.)
+(What transforms do on several devices, ``shard_map`` above all, is in tests/jax/test_sharding.py.)
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ pytest.importorskip("flax")
 pytest.importorskip("optax")
 
 import jax
-from jax_networks import Layout, Training, Transformer, alone, assert_equal, batches, train
-from ranks import JAX, Cases, Outcomes
 
 from revcore import Checkpoint, Policy, Reverse, StoreAll
+from tests.distributed.jax_networks import Layout, Training, Transformer, alone, assert_equal, batches, train
+from tests.distributed.ranks import JAX, Cases, Outcomes
 
 BOTH = frozenset({"data", "tensor"})
 CASES = Cases(

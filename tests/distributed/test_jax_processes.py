@@ -20,10 +20,10 @@ pytest.importorskip("optax")
 
 import jax
 import numpy as np
-from jax_networks import Layout, Training, Transformer, alone, assert_equal, batches, train
-from ranks import JAX, Cases, Outcomes, Ranks
 
 from revcore import Reverse
+from tests.distributed.jax_networks import Layout, Training, Transformer, alone, assert_equal, batches, train
+from tests.distributed.ranks import JAX, Cases, Outcomes, Ranks
 
 WORLD, LOCAL = 2, 2
 ENVIRONMENT = {

@@ -10,14 +10,24 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from held import Held
-from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, train_alone, values_of
-from ranks import TRAINERS, Cases, Outcomes, shared_folder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from revcore import SpecError
 from revcore_torch import StoreAll
+from tests.distributed.held import Held
+from tests.distributed.networks import (
+    CLIP,
+    Transformer,
+    adamw,
+    assert_close,
+    batches,
+    clipped,
+    loss_of,
+    train_alone,
+    values_of,
+)
+from tests.distributed.ranks import TRAINERS, Cases, Outcomes, shared_folder
 
 pytest.importorskip("lightning")
 

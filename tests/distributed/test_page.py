@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ranks import Ranks
-
-from tests.test_readme import blocks_of
+from tests.distributed.ranks import Ranks
+from tests.docs.test_readme import blocks_of
 
 
 def test_the_page_runs(tmp_path: Path) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch.nn.functional as F
-from networks import STEPS, Transformer, adamw, assert_close, batches, train_alone, values_of, with_lora
-from ranks import TRAINERS, Cases, Outcomes
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
     PipelineStage,
@@ -20,6 +18,17 @@ from torch.distributed.pipelining import (
 
 from revcore import Additive, Momentum
 from revcore_torch import Reverse, StoreAll
+from tests.distributed.networks import (
+    STEPS,
+    Transformer,
+    adamw,
+    assert_close,
+    batches,
+    train_alone,
+    values_of,
+    with_lora,
+)
+from tests.distributed.ranks import TRAINERS, Cases, Outcomes
 
 CASES = Cases(world=2, imports=TRAINERS)
 DEPTH, MICRO_BATCHES = 5, 4

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from ranks import Cases, Outcomes
+
+from tests.distributed.ranks import Cases, Outcomes
 
 CASES = Cases(world=2, limit=20)  # seconds without any news are a hang here
 

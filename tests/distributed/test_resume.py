@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import PATIENCE, Ranks
+
+from tests.distributed.ranks import PATIENCE, Ranks
 
 SCRIPT = Path(__file__).with_name("resume.py")
 STEPS, STOP = 9, 7  # resume.py's

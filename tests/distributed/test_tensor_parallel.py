@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import HEADS, MLP, WIDTH, Plain, Transformer, assert_close, batches, distance, loss_of, values_of
-from ranks import Cases, Outcomes, init_gloo
-from sharding import VIEW, events, gradients, shard, train, whole, wholes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
@@ -24,6 +21,20 @@ from torch.distributed.tensor.parallel import (
 
 from revcore.errors import InversionError
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential
+from tests.distributed.networks import (
+    HEADS,
+    MLP,
+    WIDTH,
+    Plain,
+    Transformer,
+    assert_close,
+    batches,
+    distance,
+    loss_of,
+    values_of,
+)
+from tests.distributed.ranks import Cases, Outcomes, init_gloo
+from tests.distributed.sharding import VIEW, events, gradients, shard, train, whole, wholes
 
 CASES = Cases(world=4)
 DEPTH = 4

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks, free_port
 from typer.testing import CliRunner
 
 from examples.distributed import torch_engines
 from examples.distributed.checkpoints import Checkpoints
 from revcore import Momentum, SpecError
 from revcore_torch import ReversibleSequential
+from tests.distributed.ranks import Ranks, free_port
 
 
 def test_by_torchrun(tmp_path: Path) -> None:

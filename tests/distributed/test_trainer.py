@@ -13,13 +13,23 @@ from typing import Any
 
 import pytest
 import torch
-from held import Held
-from networks import CLIP, Transformer, adamw, assert_close, batches, clipped, loss_of, train_alone, values_of
-from ranks import TRAINERS, Cases, Outcomes, Ranks, shared_folder
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from revcore_torch import StoreAll
+from tests.distributed.held import Held
+from tests.distributed.networks import (
+    CLIP,
+    Transformer,
+    adamw,
+    assert_close,
+    batches,
+    clipped,
+    loss_of,
+    train_alone,
+    values_of,
+)
+from tests.distributed.ranks import TRAINERS, Cases, Outcomes, Ranks, shared_folder
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -28,7 +38,7 @@ import transformers
 from safetensors.torch import load_file
 
 from revcore_torch.hf import make_reversible, stacks
-from tests.hf.hf_models import by_hand, make
+from tests.hf.models import by_hand, make
 
 CASES = Cases(world=2, imports=TRAINERS)
 

@@ -11,18 +11,29 @@ from typing import Any
 
 import pytest
 import torch
-from networks import (
+from torch import Tensor, nn
+
+from revcore import Checkpoint, Policy, Reverse, StoreAll, revnet
+from tests.distributed.networks import (
     Transformer,
     assert_close,
     batches,
     distance,
     values_of,
 )  # fmt: skip
-from ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes
-from torch import Tensor, nn
-from zero_engine import ACCUMULATION, CLIP, PARTED, TOLERANCE, config, engine_of, init, train, train_alone, trained
-
-from revcore import Checkpoint, Policy, Reverse, StoreAll, revnet
+from tests.distributed.ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes
+from tests.distributed.zero_engine import (
+    ACCUMULATION,
+    CLIP,
+    PARTED,
+    TOLERANCE,
+    config,
+    engine_of,
+    init,
+    train,
+    train_alone,
+    trained,
+)
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Transformer, assert_close, batches, values_of
-from ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes, Ranks
 from torch import Tensor
-from zero_engine import engine_of, init, train, trained
-from zero_run import STEP, random_states
-from zero_universal import SAVED_AFTER
 
 from revcore import Momentum, SpecError
+from tests.distributed.networks import Transformer, assert_close, batches, values_of
+from tests.distributed.ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes, Ranks
+from tests.distributed.zero_engine import engine_of, init, train, trained
+from tests.distributed.zero_run import STEP, random_states
+from tests.distributed.zero_universal import SAVED_AFTER
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)

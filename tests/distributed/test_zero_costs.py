@@ -11,16 +11,26 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import MLP, VOCABULARY, WIDTH, Transformer, assert_close, batches, loss_of, part_of, values_of
-from ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from zero_engine import TOLERANCE, engine_of, init, train, train_alone, trained
 
 from revcore import Checkpoint, Policy, Reverse, SpecError, StoreAll, revnet
 from revcore_torch import reversible
 from revcore_torch.hf import make_reversible
 from revcore_torch.memory import LiveBytes
+from tests.distributed.networks import (
+    MLP,
+    VOCABULARY,
+    WIDTH,
+    Transformer,
+    assert_close,
+    batches,
+    loss_of,
+    part_of,
+    values_of,
+)
+from tests.distributed.ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes
+from tests.distributed.zero_engine import TOLERANCE, engine_of, init, train, train_alone, trained
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)

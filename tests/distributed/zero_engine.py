@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from networks import adamw, loss_of, values_of
-from ranks import PATIENCE
 from torch import Tensor, nn
+
+from tests.distributed.networks import adamw, loss_of, values_of
+from tests.distributed.ranks import PATIENCE
 
 TOLERANCE = 1e-6  # relative, over all parameters
 ACCUMULATION, CLIP = 2, 0.5  # of the cases with both

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from networks import Transformer, batches, loss_of, part_of
-from ranks import PATIENCE
 from torch import Tensor
-from zero_engine import engine_of, init
+
+from tests.distributed.networks import Transformer, batches, loss_of, part_of
+from tests.distributed.ranks import PATIENCE
+from tests.distributed.zero_engine import engine_of, init
 
 EVERY, STEP = 3, 7
 

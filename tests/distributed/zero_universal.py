@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from networks import Transformer, assert_close, batches
-from zero_engine import TOLERANCE, engine_of, init, train, trained
+
+from tests.distributed.networks import Transformer, assert_close, batches
+from tests.distributed.zero_engine import TOLERANCE, engine_of, init, train, trained
 
 SAVED_AFTER = 3
 

@@ -32,12 +32,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tests.template import Process, Start, connect, start_template
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE.parent))
-
-from template import Process, Start, connect, start_template  # noqa: E402
-
 IMPORTS = ("pytest", "numpy", "torch", "jax", "flax.nnx", "flax.linen", "optax")  # never our own packages
 LIMIT = 600.0  # seconds for the tests of one mutant: a fault may make them wait for ever, and is caught then
 CAUGHT, MISSED, STALE = "caught", "MISSED", "STALE"
@@ -300,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return bool(stale)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         template = Path(folder) / "template.socket"
-        start_template(template, IMPORTS, environment(Path(folder)), Path(folder), options=())
+        start_template(template, IMPORTS, environment(ROOT), Path(folder), options=())
         connection = connect(template)  # it ends when nobody is connected to it
         copies = [Copy(Path(folder) / str(i), template) for i in range(max(1, options.jobs))]
         for copy in copies:
