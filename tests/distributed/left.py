@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -33,7 +34,7 @@ def global_state() -> dict[str, Any]:
             "process groups": len(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else 0,
         }
     if jax := sys.modules.get("jax"):
-        state |= {name: getattr(jax.config, name) for name in _JAX_SETTINGS}
+        state |= {name: jax.config.values[name] for name in _JAX_SETTINGS}
     return state
 
 
@@ -48,6 +49,17 @@ _GLOBAL_HOOKS = (
     "_global_buffer_registration_hooks",
 )
 _JAX_SETTINGS = ("jax_enable_x64", "jax_disable_most_optimizations", "jax_debug_nans", "jax_default_matmul_precision")
+
+
+@contextlib.contextmanager
+def groups_of_its_own() -> Iterator[None]:
+    """End the process groups that are made inside: those of meshes, and of engines that make them."""
+    import torch.distributed as dist
+
+    before = {*dist.distributed_c10d._world.pg_map}
+    yield
+    for group in {*dist.distributed_c10d._world.pg_map} - before:
+        dist.destroy_process_group(group)
 
 
 def left_behind(before: Mapping[str, Any], allowed: Sequence[str] = ()) -> list[str]:

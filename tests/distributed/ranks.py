@@ -9,7 +9,7 @@ A test file is a script as well: it registers cases, and as a script it runs the
 
     outcomes = CASES.fixture(__file__)
 
-    @pytest.mark.parametrize("name", CASES)
+    @pytest.mark.parametrize("name", CASES.names)
     def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
         outcomes.check(name)
 
@@ -299,13 +299,17 @@ class Cases(dict[str, Case]):
         super().__init__()
         self.world, self.limit, self.environment, self.imports = world, limit, dict(environment), imports
         self.leaves = tuple(leaves)
+        self.names: list[Any] = []
+        """What ``parametrize`` takes."""
 
     def __call__(self, case: Case) -> Case:
         return self.add(case.__name__.replace("_", " "), case)
 
-    def add(self, name: str, case: Case) -> Case:
+    def add(self, name: str, case: Case, long: bool = False) -> Case:
+        """Register a case; a ``long`` one runs in the long tier."""
         assert name not in self, f"two cases are called {name!r}"
         self[name] = case
+        self.names.append(pytest.param(name, marks=pytest.mark.long if long else ()))
         return case
 
     def fixture(self, file: str) -> Any:

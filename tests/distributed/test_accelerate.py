@@ -189,7 +189,7 @@ def sharding_as_where_there_are_accelerators(rank: int, world: int) -> None:
 outcomes = CASES.fixture(__file__)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES.names)
 def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
     outcomes.check(name)
 

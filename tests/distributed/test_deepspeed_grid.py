@@ -79,7 +79,7 @@ def gradients_are_clipped_by_the_norm_of_all_stages(rank: int, world: int) -> No
 outcomes = CASES.fixture(__file__)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES.names)
 def test_on_four_ranks(name: str, outcomes: Outcomes) -> None:
     outcomes.check(name)
 

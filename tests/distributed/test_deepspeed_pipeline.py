@@ -390,7 +390,7 @@ def refused_when_the_pipeline_is_made(rank: int, world: int) -> None:
 outcomes = CASES.fixture(__file__)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES.names)
 def test_on_two_stages(name: str, outcomes: Outcomes) -> None:
     outcomes.check(name)
 

@@ -236,7 +236,7 @@ def test_gradients_that_all_leave_at_the_end_are_found() -> None:
 outcomes = CASES.fixture(__file__)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES.names)
 def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
     outcomes.check(name)
 

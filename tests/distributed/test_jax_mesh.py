@@ -41,7 +41,8 @@ for name, layout in {
     "tensors": Layout(2, 4, frozenset({"tensor"})),
     "parameters by both": Layout(4, 2, BOTH),
 }.items():
-    CASES.add(name, functools.partial(held_against_one_device, layout=layout))
+    case = functools.partial(held_against_one_device, layout=layout)
+    CASES.add(name, case, long=name != "parameters by both")
 
 
 @CASES
@@ -117,7 +118,7 @@ def tensor_parallel_sums(rank: int, world: int) -> None:
 outcomes = CASES.fixture(__file__)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES.names)
 def test_on_eight_devices(name: str, outcomes: Outcomes) -> None:
     outcomes.check(name)
 

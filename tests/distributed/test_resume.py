@@ -23,18 +23,16 @@ def test_killed_in_the_middle_of_a_step(engine: str, tmp_path: Path) -> None:
         pytest.importorskip("deepspeed")
         script, latest, more = SCRIPT.with_name("resume_pipeline.py"), "global_step6", {"DS_ACCELERATOR": "cpu"}
     with Ranks(["-W", "error", script, engine, tmp_path, "first"], 2, tmp_path, more) as ranks:
-        end = time.monotonic() + 2 * PATIENCE
         while not (tmp_path / "inside").exists():
-            assert time.monotonic() < end, ranks.said()
             assert all(process.poll() is None for process in ranks.processes), ranks.said()
             time.sleep(0.05)
         ranks.kill(1)
-        assert ranks.processes[1].returncode == -signal.SIGKILL
+        assert ranks.processes[1].wait() == -signal.SIGKILL
         survivor = ranks.processes[0].wait(PATIENCE / 2)  # far less than a collective waits for a rank that is alive
         assert survivor not in (0, -signal.SIGKILL), ranks.said()
     assert (tmp_path / "latest").read_text() == latest
     with Ranks(["-W", "error", script, engine, tmp_path, "second"], 2, tmp_path, more) as ranks:
-        assert ranks.wait(2 * PATIENCE) == [0, 0], ranks.said()
+        assert ranks.wait() == [0, 0], ranks.said()
         assert "Going on after step 6." in ranks.said()
     whole, resumed = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("whole", "resumed"))
     assert len(whole) == STEPS

@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import (
 
 from revcore.errors import InversionError
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential
+from tests.distributed.left import groups_of_its_own
 from tests.distributed.networks import (
     HEADS,
     MLP,
@@ -143,6 +144,7 @@ def replicas_that_are_sharded(rank: int, world: int) -> None:
 
 
 @CASES
+@groups_of_its_own()
 def resharded_to_two_of_four(rank: int, world: int) -> None:
     alone, model = network(reversible=False), shard(network(), reshard_after_forward=2)
     train(alone, batches())
@@ -219,7 +221,7 @@ def streams_that_are_parted_themselves(rank: int, world: int) -> None:
 outcomes = CASES.fixture(__file__)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES.names)
 def test_on_four_ranks(name: str, outcomes: Outcomes) -> None:
     outcomes.check(name)
 

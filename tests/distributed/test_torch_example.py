@@ -18,12 +18,17 @@ from revcore import Momentum, SpecError
 from revcore_torch import ReversibleSequential
 from tests.distributed.ranks import Ranks, free_port
 
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port"]
 
-def test_by_torchrun(tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
+
+@pytest.mark.parametrize("launcher", [None, pytest.param(TORCHRUN, marks=pytest.mark.long, id="torchrun")])
+def test_by_torchrun(launcher: list[Any] | None, tmp_path: Path) -> None:
+    """By torchrun, and by what sets torchrun's variables for two ranks that are forked."""
     options = ["--engine", "fsdp2", "--steps", 3, "--depth", 1, "--every", 2, "--checkpoint", tmp_path / "run"]
-    with Ranks([*command, "-m", "examples.distributed.torch_engines", *map(str, options)], 1, tmp_path) as ranks:
-        assert ranks.wait(240) == [0], ranks.said()
+    example = ["-m", "examples.distributed.torch_engines", *options]
+    command, world = ([*launcher, free_port(), *example], 1) if launcher else (["-W", "error", *example], 2)
+    with Ranks(command, world, tmp_path) as ranks:
+        assert ranks.wait() == [0] * world, ranks.said()
         said = ranks.said()
     sizes = re.findall(r"^ +(\d) +(\S+) MiB +(\S+) MiB +(\S+) MiB +$", said, re.MULTILINE)
     assert [rank for rank, *_ in sizes] == ["0", "1"], said

@@ -201,7 +201,7 @@ def a_converted_model_with_checkpointing_switched_on_or_off(rank: int, world: in
 outcomes = CASES.fixture(__file__)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES.names)
 def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
     outcomes.check(name)
 
@@ -219,11 +219,11 @@ def goes_on(folder: Path) -> None:
 
 
 def test_a_rank_is_killed_in_step_7_and_the_run_goes_on(tmp_path: Path) -> None:
-    with Ranks(["-W", "error", __file__, "killed", tmp_path], 2, tmp_path) as ranks:
-        assert ranks.wait(300)[1] == -signal.SIGKILL, ranks.said()
+    with Ranks(["-W", "error", __file__, "killed", tmp_path], 2, tmp_path, imports=TRAINERS) as ranks:
+        assert ranks.wait()[1] == -signal.SIGKILL, ranks.said()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
-    with Ranks(["-W", "error", __file__, "goes_on", tmp_path], 2, tmp_path) as ranks:
-        assert ranks.wait(300) == [0, 0], ranks.said()
+    with Ranks(["-W", "error", __file__, "goes_on", tmp_path], 2, tmp_path, imports=TRAINERS) as ranks:
+        assert ranks.wait() == [0, 0], ranks.said()
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ def equal_to_the_run_alone(rank: int, world: int, *, kind: str, stage: int, **se
 
 for kind in KINDS:
     for stage in STAGES if kind != "LoRA" else (1, 3):
-        CASES.add(f"{kind}, stage {stage}", functools.partial(equal_to_the_run_alone, kind=kind, stage=stage))
+        case = functools.partial(equal_to_the_run_alone, kind=kind, stage=stage)
+        CASES.add(f"{kind}, stage {stage}", case, long=kind != "plain" and stage != 3)  # at 3 all is sharded
 
 ADAMW = {"type": "AdamW", "params": {"lr": 1e-2, "eps": 1e-4, "torch_adam": True}}
 for stage in (1, 2, 3):
@@ -109,6 +110,7 @@ for stage in (1, 2, 3):
             equal_to_the_run_alone, kind="plain", stage=stage, optimizer=ADAMW,
             zero={"offload_optimizer": {"device": "cpu"}},
         ),
+        long=stage != 3,
     )  # fmt: skip
 CASES.add(
     "settings as DeepSpeed has them, stage 3",
@@ -177,7 +179,7 @@ def policies(rank: int, world: int, *, stage: int, names: Sequence[str]) -> None
         assert distance(trained(engine), expected) <= TOLERANCE, name
 
 
-CASES.add("policies, stage 2", functools.partial(policies, stage=2, names=[*POLICIES]))
+CASES.add("policies, stage 2", functools.partial(policies, stage=2, names=[*POLICIES]), long=True)
 CASES.add("policies, stage 3", functools.partial(policies, stage=3, names=[*POLICIES][:3]))
 
 
@@ -207,7 +209,7 @@ def with_dropout(rank: int, world: int, *, stage: int) -> None:
 
 
 for stage in STAGES:
-    CASES.add(f"dropout, stage {stage}", functools.partial(with_dropout, stage=stage))
+    CASES.add(f"dropout, stage {stage}", functools.partial(with_dropout, stage=stage), long=stage in (0, 2))
 
 BF16 = {"bf16": {"enabled": True}}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
@@ -240,7 +242,7 @@ for stage in (2, 3):
         "bfloat16": {"settings": BF16, "tolerance": 1e-3, "dtype": torch.bfloat16, "stream_dtype": "float32"},
         "autocast": {"settings": AUTOCAST, "tolerance": TOLERANCE, "dtype": torch.float32},
     }.items():
-        CASES.add(f"{name}, stage {stage}", functools.partial(as_stored, stage=stage, **settings))
+        CASES.add(f"{name}, stage {stage}", functools.partial(as_stored, stage=stage, **settings), long=stage == 2)
 CASES.add(
     "bfloat16 streams, stage 2",
     functools.partial(as_stored, stage=2, settings=BF16, tolerance=3e-3, dtype=torch.bfloat16),
@@ -250,7 +252,7 @@ CASES.add(
 outcomes = CASES.fixture(__file__)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES.names)
 def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
     outcomes.check(name)
 

@@ -64,7 +64,7 @@ def resumes(rank: int, world: int, *, stage: int) -> None:
 
 
 for stage in (0, 1, 2, 3):
-    CASES.add(f"goes on, stage {stage}", functools.partial(resumes, stage=stage))
+    CASES.add(f"goes on, stage {stage}", functools.partial(resumes, stage=stage), long=stage in (0, 2))
 
 
 def blocks_of(engine: Any) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def another_program(rank: int, world: int, *, stage: int) -> None:
 
 
 for stage in (0, 1, 2, 3):
-    CASES.add(f"of another program, stage {stage}", functools.partial(another_program, stage=stage))
+    CASES.add(f"of another program, stage {stage}", functools.partial(another_program, stage=stage), long=stage < 3)
 
 
 def saved_for_another_world(rank: int, world: int, *, stage: int) -> None:
@@ -101,34 +101,30 @@ def saved_for_another_world(rank: int, world: int, *, stage: int) -> None:
 
 
 for stage in (1, 2):
-    CASES.add(f"saved for another world, stage {stage}", functools.partial(saved_for_another_world, stage=stage))
+    name = f"saved for another world, stage {stage}"
+    CASES.add(name, functools.partial(saved_for_another_world, stage=stage), long=stage == 2)
 
 
 outcomes = CASES.fixture(__file__)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES.names)
 def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
     outcomes.check(name)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_universal_checkpoint_goes_on_in_another_world(stage: int, outcomes: Outcomes, tmp_path: Path) -> None:
-    outcomes.check(f"saved for another world, stage {stage}")
+@pytest.mark.parametrize("name", CASES.names[-2:])
+def test_universal_checkpoint_goes_on_in_another_world(name: str, outcomes: Outcomes, tmp_path: Path) -> None:
+    outcomes.check(name)
+    stage = int(name[-1])
     folder = outcomes.folder / f"universal{stage}"
-    convert = ["-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--num_extract_workers", "1"]
-    convert += [
-        "--num_merge_workers",
-        "1",
-        "--input_folder",
-        folder / "parted",
-        "--output_folder",
-        folder / "universal",
-    ]
+    convert: list[Any] = ["-W", "error", "-W", "ignore", "-m", "deepspeed.checkpoint.ds_to_universal"]
+    convert += ["--inject_missing_state", "--num_extract_workers", 1, "--num_merge_workers", 1]
+    convert += ["--input_folder", folder / "parted", "--output_folder", folder / "universal"]
     script = Path(__file__).with_name("zero_universal.py")
     for command in (convert, ["-W", "error", script, folder, stage]):
-        with Ranks(command, 1, tmp_path, {"DS_ACCELERATOR": "cpu"}) as ranks:
-            assert ranks.wait(240) == [0], ranks.said()
+        with Ranks(command, 1, tmp_path, {"DS_ACCELERATOR": "cpu"}, DEEPSPEED) as ranks:
+            assert ranks.wait() == [0], ranks.said()
 
 
 # --- a rank that is killed --------------------------------------------------------------------------------------------
@@ -137,7 +133,7 @@ def test_universal_checkpoint_goes_on_in_another_world(stage: int, outcomes: Out
 def run(folder: Path, stage: int, *more: str) -> Ranks:
     folder.mkdir(exist_ok=True)
     script = Path(__file__).with_name("zero_run.py")
-    return Ranks(["-W", "error", script, folder, str(stage), "9", *more], 2, folder)
+    return Ranks(["-W", "error", script, folder, stage, 9, *more], 2, folder, imports=DEEPSPEED)
 
 
 def losses_of(folder: Path) -> list[dict[int, float]]:
@@ -148,18 +144,16 @@ def losses_of(folder: Path) -> list[dict[int, float]]:
 def test_killed_in_the_middle_of_a_step(stage: int, tmp_path: Path) -> None:
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with run(whole, stage) as undisturbed, run(killed, stage, "hang") as ranks:
-        end = time.monotonic() + 120
         while not (killed / "hangs1").exists():
-            assert time.monotonic() < end, ranks.said()
             assert all(process.poll() is None for process in ranks.processes), ranks.said()
             time.sleep(0.05)
         ranks.kill(1)
         ranks.kill()
-        assert undisturbed.wait(240) == [0, 0], undisturbed.said()
+        assert undisturbed.wait() == [0, 0], undisturbed.said()
     expected = losses_of(whole)
     assert [set(of) for of in losses_of(killed)] == [set(range(1, STEP))] * 2
     with run(killed, stage) as ranks:
-        assert ranks.wait(240) == [0, 0], ranks.said()
+        assert ranks.wait() == [0, 0], ranks.said()
     assert losses_of(killed) == expected
     assert len(expected[0]) == 9
 
