@@ -7,7 +7,7 @@ import random
 import socket
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ if _TEMPLATES is not None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("revcore")
     group.addoption("--tier", choices=tiers.TIERS, default="fast", help="which tests: `make test` runs the fast ones")
+    group.addoption("--order", default="given", metavar="reverse|SEED", help="run tests in another order")
     group.addoption("--share", default="0/1", metavar="I/N", help="of the long tests, the I-th of N shares (0 ≤ I < N)")
 
 
@@ -49,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     (Of drift is warned once in a process, in whichever test comes first.)
     """
-    items[:], left = tiers.select(items, config.getoption("tier"), config.getoption("share"))
+    items[:], left = tiers.select(items, str(config.getoption("tier")), str(config.getoption("share")))
+    items[:] = tiers.ordered(items, str(config.getoption("order")))
     if left:
         config.hook.pytest_deselected(items=left)
     for item in items:
@@ -59,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print the modules that took the longest, so that whoever adds a test sees what it costs."""
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     tests: Counter[str] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -69,7 +71,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
                 tests[module] += report.when == "call"
     if sum(tests.values()) > 100:
         terminalreporter.section("slowest twenty modules, in seconds of a worker")
-        for module, taken in seconds.most_common(20):
+        for module, taken in sorted(seconds.items(), key=lambda entry: -entry[1])[:20]:
             terminalreporter.write_line(f"{taken:7.1f}  {tests[module]:4} tests  {module}")
 
 

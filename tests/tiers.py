@@ -6,8 +6,10 @@ A test or a parameter with ``@pytest.mark.long`` is in the long tier. README.md 
 from __future__ import annotations
 
 import itertools
+import random
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,3 +50,20 @@ def select(items: list[pytest.Item], tier: str, share: str) -> tuple[list[pytest
         )
         (chosen if wanted else left).append(item)
     return chosen, left
+
+
+def ordered(items: Sequence[pytest.Item], order: str) -> list[pytest.Item]:
+    """Return tests in the ``given`` order, in ``reverse``, or files and the tests of each shuffled by a seed."""
+    if order == "given":
+        return list(items)
+    if order == "reverse":
+        return list(items)[::-1]
+    shuffled = random.Random(int(order))
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    for of_file in files.values():
+        shuffled.shuffle(of_file)
+    groups = list(files.values())
+    shuffled.shuffle(groups)
+    return [item for group in groups for item in group]

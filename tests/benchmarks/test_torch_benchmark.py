@@ -16,14 +16,22 @@ from benchmarks.torch_engine.measure import Bytes, Cpu, LiveBytes, Step, counted
 from benchmarks.torch_engine.report import Found, Row
 from benchmarks.torch_engine.ways import CHECKPOINT_BLOCK, PLAIN, REVERSE, STORE_ALL, Family, Way, ways
 from benchmarks.torch_engine.workloads import Workload, workloads
+from tests.tiers import product
 
 TOYS = workloads(quick=True)
 DEPTH = 8
 
 
 @pytest.mark.filterwarnings("ignore")  # the other libraries' deprecations
-@pytest.mark.parametrize("way", ways(DEPTH), ids=lambda way: way.name)
-@pytest.mark.parametrize("toy", TOYS.values(), ids=lambda toy: toy.name)
+@pytest.mark.parametrize(  # a way takes any blocks, and a workload that one way can run, all can
+    ("toy", "way"),
+    product(
+        TOYS.values(),
+        ways(DEPTH),
+        fast=lambda toy, way: toy.name == "mlp" or way.name == REVERSE,
+        name=lambda each: each.name,
+    ),
+)
 def test_every_way_gives_the_plain_networks_gradients(toy: Workload, way: Way) -> None:
     error = command.check(way, toy, DEPTH)
     if way.family == "peer" and error is not None and error.startswith(("ModuleNotFoundError", "NotImplementedError")):
@@ -126,30 +134,31 @@ def test_labels_are_moved_apart() -> None:
     assert apart([9.0, 1.0, 1.0], gap=1.0) == [9.0, 0.5, 1.5]
 
 
-def test_the_command_writes_a_table_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("some", "rounds"),
+    [(["transformer", "bare"], "1"), pytest.param(["mlp", "transformer", "bare"], "2", marks=pytest.mark.long)],
+    ids=["two", "all"],
+)
+def test_the_command_writes_a_table_and_pictures(
+    some: list[str], rounds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib")
-    words = [
-        "--quick",
-        "--workload",
-        "mlp",
-        "transformer",
-        "bare",
-        "--depths",
-        "2",
-        "4",
-        "--time-depth",
-        "4",
-        "--rounds",
-        "2",
-        "--write",
-        "--out",
-    ]
+    words = ["--quick", "--workload", *some, "--depths", "2", "4", "--time-depth", "4", "--rounds", rounds]
+    words += ["--write", "--out"]
     with warnings.catch_warnings():
         command.main([*words, str(tmp_path)])
     assert "written:" in capsys.readouterr().out
     (written,) = tmp_path.glob("*.md")
     found = written.read_text()
-    for expected in ("## mlp, depth 4", "## bare", "## Verdict", REVERSE, CHECKPOINT_BLOCK, "µs a step", *words[:3]):
+    for expected in (
+        f"## {some[0]}, depth 4",
+        "## bare",
+        "## Verdict",
+        REVERSE,
+        CHECKPOINT_BLOCK,
+        "µs a step",
+        *words[:3],
+    ):
         assert expected in found
     for table in found.split("\n\n"):
         lines = table.splitlines()

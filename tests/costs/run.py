@@ -78,7 +78,9 @@ def read(folder: Path) -> dict[str, Cost]:
 
 def table(costs: dict[str, Cost]) -> str:
     total = Cost(*(sum(getattr(cost, name) for cost in costs.values()) for name in vars(Cost())))
-    rows = [("folder", "tests", "CPU seconds", "processes", "JAX compilations", "JAX traces", "dynamo frames")]
+    rows: list[tuple[str, ...]] = [
+        ("folder", "tests", "CPU seconds", "processes", "JAX compilations", "JAX traces", "dynamo frames")
+    ]
     for name, c in [*costs.items(), ("all", total)]:
         numbers = (c.tests, round(c.seconds), c.processes, c.jax_compilations, c.jax_traces, c.dynamo_frames)
         rows.append((name, *(f"{n:,}" for n in numbers)))

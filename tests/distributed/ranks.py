@@ -323,7 +323,7 @@ class Cases(dict[str, Case]):
             for item in request.session.items:
                 if item.path == Path(file) and "outcomes" in item.fixturenames:  # type: ignore[attr-defined]
                     name = item.callspec.params.get("name") if hasattr(item, "callspec") else None  # type: ignore[attr-defined]
-                    asked |= {name} if name in self else {*self}  # a test without a name may look at any
+                    asked.update([name] if name is not None and name in self else self)  # it may look at any
             wanted = [name for name in self if name in asked]
             start = functools.partial(self.run_in_processes, file, wanted)
             return Outcomes(once(tmp_path_factory, Path(file).stem, start, 10 * self.limit), self.world)

@@ -28,7 +28,9 @@ from examples import flax_linen, flax_nnx, training  # noqa: E402
 from examples.tasks import make_task  # noqa: E402
 from revcore import SpecError  # noqa: E402
 from revcore.parity import EPS  # noqa: E402
+from tests.tiers import product  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 LEARNERS: dict[str, Any] = {"nnx": flax_nnx.Learner, "linen": flax_linen.Learner}
 
 
@@ -71,23 +73,15 @@ def refused(*arguments: Any) -> str:
     return str(result.exception)
 
 
-@pytest.fixture
-def quick_compilation() -> Any:
-    """Compile in a third of the time code that runs a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
-@pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize(("task", "depth"), [("digits", 2), ("text", 4)])
-@pytest.mark.parametrize("name", LEARNERS)
-def test_policies_give_the_same_losses(name: str, task: Any, depth: int) -> None:
-    data = make_task(task, seed=0)
+# Each example once, and each task; NNX with digits in the next test
+@pytest.mark.parametrize(
+    ("name", "task"), product(LEARNERS, ["text", "digits"], fast=lambda *case: case == ("linen", "text"))
+)
+def test_policies_give_the_same_losses(name: str, task: Any) -> None:
+    data, depth = make_task(task, seed=0), {"text": 4, "digits": 2}[task]
     made = []
 
     def make(policy: Any) -> training.Learner:
@@ -110,7 +104,7 @@ def test_policies_give_the_same_losses(name: str, task: Any, depth: int) -> None
 
 _KILLED = """
 import os, signal, sys
-from examples import flax_nnx, tasks, training
+from examples import flax_linen, flax_nnx, tasks, training
 
 digits = tasks.digits
 
@@ -125,14 +119,14 @@ def killed(seed):
     return task
 
 tasks.digits = killed
-training.main(flax_nnx.app)
+training.main({"nnx": flax_nnx, "linen": flax_linen}[sys.argv.pop()].app)
 """
 
 
-@pytest.mark.long
-@pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("name", LEARNERS)
-def test_a_killed_run_goes_on_bit_for_bit(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "how"), product(LEARNERS, ["stopped", "killed"], fast=lambda *case: case == ("nnx", "stopped"))
+)
+def test_a_killed_run_goes_on_bit_for_bit(name: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[training.Learner] = []
 
     class Kept(LEARNERS[name]):
@@ -143,11 +137,11 @@ def test_a_killed_run_goes_on_bit_for_bit(name: str, tmp_path: Path, monkeypatch
     options = ["--task", "digits", "--depth", 2, "--steps", 8, "--save-every", 3, "--checkpoint-dir"]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     ran(Kept, *options, whole)
-    if name == "nnx":  # a process of its own, that is really killed
+    if how == "killed":  # a process of its own
         root = str(Path(__file__).parents[2])
         paths = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
         environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": paths}
-        command = [sys.executable, "-c", _KILLED, *map(str, options), str(parted)]
+        command = [sys.executable, "-c", _KILLED, *map(str, options), str(parted), name]
         assert subprocess.run(command, env=environment, cwd=tmp_path).returncode == -signal.SIGKILL
     else:
         steps, step = iter(range(5)), Kept.train_step

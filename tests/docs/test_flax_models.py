@@ -28,6 +28,7 @@ from examples.flax_hf_command import app
 from revcore import Repeat, Reverse, SpecError, StoreAll, momentum_net
 from revcore_torch.hf import make_reversible, stacks
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DECODER, VIT = flax_decoder.PORT, flax_vit.PORT
 
 
@@ -72,18 +73,9 @@ def with_swapped(port: Port, one: str, other: str) -> Port:
     return dataclasses.replace(port, names=names)
 
 
-@pytest.fixture
-def quick_compilation() -> Any:
-    """Compile in a third of the time code that runs a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 # --- the same numbers -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_decoder_has_the_loss_and_gradients_of_the_torch_model() -> None:
     source = model(DECODER, llama(3))
     report = compare(DECODER, source, *DECODER.batch(source.config))
@@ -98,7 +90,6 @@ def test_a_decoder_has_the_loss_and_gradients_of_the_torch_model() -> None:
     assert mistaken.value_error > 1e-3
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_vision_transformer_has_the_loss_and_gradients_of_the_torch_model() -> None:
     source = model(VIT, vit(5), "leapfrog")
     report = compare(VIT, source, *VIT.batch(source.config))
@@ -113,7 +104,6 @@ def test_a_vision_transformer_has_the_loss_and_gradients_of_the_torch_model() ->
     assert mistaken.gradient_error > 1e-3
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_tied_embeddings_biases_stretched_angles_and_padding() -> None:
     stretched = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0}
     stretched |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 4}
@@ -245,7 +235,6 @@ def test_options_that_will_not_do_are_refused(tmp_path: Path) -> None:
         assert words in str(result.exception)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_a_model_trained_in_flax_is_a_checkpoint_that_is_equal_in_flax(tmp_path: Path) -> None:
     tiny = dataclasses.replace(VIT, config=lambda depth: vit(depth, num_channels=1, num_labels=10))
     result = run(tiny, "--depth", 2, "--steps", 1, "--beta", 0.9, "--save", tmp_path / "trained")

@@ -15,6 +15,7 @@ from flax import linen as nn
 from revcore import Chain, Couple, Momentum, Program, Repeat
 from revcore_jax.linen import ReversibleSequential
 from tests.helpers import assert_close, tree_error
+from tests.tiers import product
 
 D, ROWS = 4, 6
 BETA = 0.9
@@ -22,7 +23,9 @@ BODY = Chain([Couple(0, 1, Momentum(BETA)), Couple(1, 0, Momentum(BETA))])
 
 Mode = Literal["float64", "float32-jit"]
 MODES: tuple[Mode, ...] = ("float64", "float32-jit")
-in_both_modes = pytest.mark.parametrize("mode", MODES)
+# one of them in the fast tier: under jit, which compiles once what would be thirty operations
+in_both_modes = pytest.mark.parametrize("mode", product(MODES, fast=lambda mode: mode == "float32-jit"))
+step_by_step = pytest.mark.parametrize("mode", product(MODES, fast=lambda mode: mode == "float64"))
 
 
 class Block(nn.Module):

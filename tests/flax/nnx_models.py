@@ -130,6 +130,15 @@ class Mode:
         return got
 
 
-modes = pytest.mark.parametrize(
-    "mode", [Mode(jnp.float64, jit=False), Mode(jnp.float32, jit=True)], ids=["float64", "float32-jit"]
-)
+def _modes(fast: str) -> pytest.MarkDecorator:
+    both = {"float64": Mode(jnp.float64, jit=False), "float32-jit": Mode(jnp.float32, jit=True)}
+    return pytest.mark.parametrize(
+        "mode",
+        [pytest.param(mode, id=name, marks=() if name == fast else pytest.mark.long) for name, mode in both.items()],
+    )
+
+
+# Both ways, of which one is in the fast tier: under jit, where a trace must hold and little is compiled; or step by
+# step, where variables and random counts must be the caller's own objects and change at once.
+modes = _modes("float32-jit")
+step_by_step = _modes("float64")

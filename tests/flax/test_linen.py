@@ -98,7 +98,10 @@ def test_the_tree_of_variables_is_ordinary() -> None:
     ("policy", "jit"),
     [
         (Reverse(), False),
-        *((p, True) for p in (Reverse(), StoreAll(), Checkpoint(), Reverse(anchor_every=2, keep_last=1))),
+        *(
+            pytest.param(policy, True, marks=pytest.mark.long)
+            for policy in (Reverse(), StoreAll(), Checkpoint(), Reverse(anchor_every=2, keep_last=1))
+        ),
     ],
     ids=str,
 )
@@ -107,7 +110,7 @@ def test_a_training_step_equals_plain(policy: Any, jit: bool) -> None:
     variables = start(plain())
     wrap = jax.jit if jit else lambda f: f
     got = wrap(lambda v, x: train_step(ours(policy=policy), v, x))(variables, inputs())
-    want = wrap(lambda v, x: train_step(plain(), v, x))(variables, inputs())
+    want = jax.jit(lambda v, x: train_step(plain(), v, x))(variables, inputs())
     assert jax.tree.structure(got) == jax.tree.structure(want)
     assert tree_error(got, want) <= 1e-12
 

@@ -44,6 +44,7 @@ from tests.flax.linen_models import (
     repeated,
     scans,
     start,
+    step_by_step,
     train_step,
 )
 from tests.helpers import tree_error
@@ -61,7 +62,7 @@ def alike(a: Any, b: Any) -> bool:
     return same and all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", [pytest.param(False, marks=pytest.mark.long), True])
 def test_init_makes_what_nn_scan_makes(jit: bool) -> None:
     ours, plain = scans(two)
     got, want = ((jax.jit(m.init) if jit else m.init)(jax.random.key(0), jnp.asarray(inputs())) for m in (ours, plain))
@@ -80,7 +81,7 @@ def test_init_compiles_flat_in_depth() -> None:
     assert size(3) == size(50)
 
 
-@in_both_modes
+@step_by_step
 def test_a_training_step_equals_nn_scan(mode: Mode) -> None:
     """Gradients, statistics that moved once, masks, and values sown once, all stacked."""
     got, _ = check_step(*scans(two), mode, depth=6)
@@ -88,14 +89,15 @@ def test_a_training_step_equals_nn_scan(mode: Mode) -> None:
     assert got["changed"]["intermediates"]["layers_0"]["seen"][0].shape == (3, 6, D)
 
 
-def test_policies_do_not_change_a_step() -> None:
+@pytest.mark.parametrize(
+    "policy", [pytest.param(Checkpoint(), marks=pytest.mark.long), Reverse(anchor_every=2, keep_last=1)], ids=str
+)
+def test_policies_do_not_change_a_step(policy: Any) -> None:
     ours, plain = scans(two)
     variables, x = start(plain, inputs()), jnp.asarray(inputs())
-    want = train_step(plain, variables, x)
-    for policy in (Checkpoint(), Reverse(anchor_every=2, keep_last=1)):
-        got = jax.jit(partial(train_step, ours.clone(policy=policy)))(variables, x)
-        assert jax.tree.structure(got) == jax.tree.structure(want)
-        assert tree_error(got, want) <= 1e-12
+    got, want = (jax.jit(partial(train_step, m))(variables, x) for m in (ours.clone(policy=policy), plain))
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    assert tree_error(got, want) <= 1e-12
 
 
 def test_statistics_move_once() -> None:
@@ -110,7 +112,7 @@ def test_statistics_move_once() -> None:
     assert tree_error(new, 0.99 * old + 0.01 * x[:, D:].mean(0)) <= 1e-12
 
 
-@in_both_modes
+@step_by_step
 def test_variable_broadcast_and_split_rngs(mode: Mode) -> None:
     """One set of parameters and one mask for all iterations: its gradient is the sum over them."""
     settings: Any = {
@@ -307,7 +309,7 @@ class Boxed(nn.Module):
         return jnp.tanh(nn.Dense(D, kernel_init=init)(x))
 
 
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("axis", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_partitioned_parameters(axis: int) -> None:
     """Their boxes gain the name of the new axis, as in ``nn.scan``, and gradients and inverse lose nothing."""
     settings: Any = {"variable_axes": {"params": axis}, "metadata_params": {nn.PARTITION_NAME: "layers"}}

@@ -64,7 +64,7 @@ def train(model: Any, variables: Any, steps: int = 3) -> State:
     return state
 
 
-@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize("repeat", [pytest.param(False, marks=pytest.mark.long), True])
 def test_train_state(repeat: bool) -> None:
     """Three steps of AdamW with donated buffers end where the plain network ends."""
     make = lambda: [Block(), Small()]  # noqa: E731
@@ -122,7 +122,7 @@ def test_orbax_across_layouts(tmp_path: Path) -> None:
         assert tree_error(apart.apply(to_list(restored), x), want) <= 1e-12
 
 
-@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize("repeat", [pytest.param(False, marks=pytest.mark.long), True])
 def test_flax_serialization(repeat: bool) -> None:
     model = stacked() if repeat else NETS[0]([Block(train=False), Small()])
     variables, x = start(model, inputs()), inputs()

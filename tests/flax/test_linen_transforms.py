@@ -16,6 +16,7 @@ from flax.linen.transforms import add_metadata_axis
 from revcore import Momentum, SpecError
 from revcore_jax.linen import ReversibleSequential
 from tests.flax.linen_models import (
+    MODES,
     NETS,
     Block,
     D,
@@ -26,13 +27,13 @@ from tests.flax.linen_models import (
     Using,
     cast,
     check_step,
-    in_both_modes,
     inputs,
     scans,
     start,
     train_step,
 )
 from tests.helpers import tree_error
+from tests.tiers import product
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -230,10 +231,20 @@ WRAPS: dict[str, Wrap] = {
     "shared from outside": shared_from_outside,
 }
 BATCHED = ("vmap", "vmap inside")
+# the same lifting as a neighbour's
+ALIKE = "switch", "value_and_grad"
+# cheaper step by step; or where modules of another scope are looked up, which jit would do once for all
+STEP_BY_STEP = "shared from outside", "add_metadata_axis", "nowrap and setup", "modules as attributes"
 
 
-@in_both_modes
-@pytest.mark.parametrize("name", WRAPS)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    product(
+        WRAPS,
+        MODES,
+        fast=lambda name, mode: name not in ALIKE and mode == ("float64" if name in STEP_BY_STEP else "float32-jit"),
+    ),
+)
 def test_transform(name: str, mode: Mode) -> None:
     ours, plain = (WRAPS[name](net) for net in NETS)
     x = inputs(2) if name in BATCHED else inputs()
@@ -276,7 +287,11 @@ def test_bind_and_unbind() -> None:
 
 
 @pytest.mark.parametrize(
-    "mutable", [["batch_stats"], "batch_stats", DenyList("params"), True, ("intermediates",), False], ids=str
+    "mutable",
+    product(
+        [["batch_stats"], "batch_stats", DenyList("params"), True, ("intermediates",), False],
+        fast=lambda mutable: not isinstance(mutable, (str, tuple)),
+    ),
 )
 def test_forms_of_mutable(mutable: Any) -> None:
     """In any form: the same collections come back as from the plain network."""
@@ -340,7 +355,7 @@ def test_frozen_variables() -> None:
     assert tree_error(got["gradients"][0].unfreeze(), want["gradients"][0]) <= 1e-12
 
 
-@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize("repeat", [pytest.param(False, marks=pytest.mark.long), True])
 def test_bfloat16_parameters_under_float32_streams(repeat: bool) -> None:
     """Blocks in bfloat16: gradients within that one's rounding, and values and streams in float32."""
 

@@ -18,7 +18,7 @@ import revcore_jax
 from revcore import Program, Repeat
 from revcore.step import Chain, Couple
 from revcore_jax.nnx import ReversibleSequential, stack
-from tests.flax.nnx_models import Block, D, Mode, Net, Plain, Smooth, arrays, blocks, linear, loss, modes
+from tests.flax.nnx_models import Block, D, Mode, Net, Plain, Smooth, arrays, blocks, linear, loss, modes, step_by_step
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -29,8 +29,10 @@ pytestmark = pytest.mark.usefixtures("x64")
 @modes
 @pytest.mark.parametrize(
     "filter",
-    [nnx.PathContains("scale"), nnx.All(nnx.Param, nnx.Not(nnx.PathContains("first")))],
-    ids=["PathContains", "Not"],
+    [
+        pytest.param(nnx.PathContains("scale"), id="PathContains"),
+        pytest.param(nnx.All(nnx.Param, nnx.Not(nnx.PathContains("first"))), id="Not", marks=pytest.mark.long),
+    ],
 )
 def test_diff_state_trains_a_part(mode: Mode, filter: Any) -> None:
     """Gradients for the chosen variables alone; statistics and counts of all move."""
@@ -189,7 +191,7 @@ def test_state_of_a_closed_over_model_is_not_leaked() -> None:
     assert all(a is b or np.array_equal(a, b) for a, b in zip(before, arrays(model), strict=True))
 
 
-@modes
+@step_by_step
 def test_split_merge_clone_state_update(mode: Mode) -> None:
     def run(model: Any) -> Any:
         x = mode.x()
@@ -275,7 +277,7 @@ def test_vmap_over_inputs(mode: Mode) -> None:
     mode.same_run(mode.pair(), run)
 
 
-@modes
+@step_by_step
 def test_scan_around(mode: Mode) -> None:
     """The model is the carry of a scan over batches, and moves on in each."""
 
@@ -306,7 +308,7 @@ def test_control_flow_around(mode: Mode) -> None:
     mode.same_run(mode.pair(), run)
 
 
-@modes
+@step_by_step
 def test_custom_vjp_around(mode: Mode) -> None:
     """A rule of the user's own around the model: halved gradients of its input and parameters."""
 
@@ -476,13 +478,12 @@ def test_without_graphs() -> None:
         mode.same(jax.tree.leaves(got), jax.tree.leaves(want))
 
 
-def test_the_check_of_these_tests_can_fail() -> None:
+@modes
+def test_the_check_of_these_tests_can_fail(mode: Mode) -> None:
     """A model that differs in one parameter, in its statistics alone, or in a dtype, is no equal one."""
-    for mode in (Mode(jnp.float64, False), Mode(jnp.float32, True)):
-        ours, other = Net(*[mode.pair()[0], nnx.Rngs(7), mode.dtype]), mode.nets()[1]
-        other.trunk.layers[1].norm.mean[...] += 1e-3
-        x = mode.x()
-        with pytest.raises(AssertionError):
-            mode.same_run((ours, other), lambda model, x=x: model(x))
+    ours, other = Net(*[mode.pair()[0], nnx.Rngs(7), mode.dtype]), mode.nets()[1]
+    other.trunk.layers[1].norm.mean[...] += 1e-3
+    with pytest.raises(AssertionError):
+        mode.same_run((ours, other), lambda model: model(mode.x()))
     with pytest.raises(AssertionError):
         mode.same([jnp.ones(2, jnp.float32)], [jnp.ones(2, jnp.float64)])

@@ -11,7 +11,8 @@ from flax import nnx
 
 from revcore import Chain, Checkpoint, Couple, InversionError, Program, Repeat, Reverse, SpecError, StoreAll
 from revcore_jax.nnx import ReversibleSequential, stack
-from tests.flax.nnx_models import D, Mode, Plain, arrays, linear, loss, modes
+from tests.flax.nnx_models import D, Mode, Plain, arrays, linear, loss, modes, step_by_step
+from tests.tiers import product
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -37,7 +38,7 @@ def pair(mode: Mode, **settings: Any) -> tuple[Any, Any]:
     return mine, plain
 
 
-@modes
+@step_by_step
 def test_rngs_of_the_call_go_from_block_to_block(mode: Mode) -> None:
     """Values, gradients and the caller's counts, two calls in a row."""
 
@@ -73,7 +74,7 @@ def test_rngs_as_an_argument_of_a_compiled_step(mode: Mode) -> None:
     assert mine.default.count[...] == 12
 
 
-@modes
+@step_by_step
 def test_in_a_repeat_each_iteration_goes_on_from_the_last(mode: Mode) -> None:
     """A scan over stacked blocks, one of which takes no rngs, with a block before and after it."""
     rngs = nnx.Rngs(0)
@@ -108,7 +109,7 @@ def test_in_a_repeat_each_iteration_goes_on_from_the_last(mode: Mode) -> None:
     )
 
 
-@modes
+@step_by_step
 def test_inside_nnx_sequential_and_nested(mode: Mode) -> None:
     """nnx.Sequential hands rngs to the reversible part, and that to a reversible part inside it."""
 
@@ -118,12 +119,12 @@ def test_inside_nnx_sequential_and_nested(mode: Mode) -> None:
 
     outer = []
     for kind in (ReversibleSequential, lambda *layers: Plain(*layers, takes=True)):
-        inner = [kind(*(Noisy(nnx.Rngs(i), mode.dtype) for i in range(2))) for _ in range(2)]
+        inner = [kind(Noisy(nnx.Rngs(i), mode.dtype)) for i in range(2)]
         outer.append(nnx.Sequential(linear(nnx.Rngs(5), mode.dtype, 4 * D), kind(*inner)))
     mode.same_run(outer, run)
 
 
-@modes
+@step_by_step
 def test_rngs_of_the_constructor_are_forked_and_stand_in(mode: Mode) -> None:
     given = nnx.Rngs(0, noise=1)
     ours, plain = pair(mode, rngs=given)
@@ -232,7 +233,13 @@ def test_bad_rngs_are_told() -> None:
     assert arrays(nnx.state(rngs, nnx.RngCount)) == [0]
 
 
-@pytest.mark.parametrize("policy", [StoreAll(), Checkpoint(), Reverse(anchor_every=1), Reverse(keep_last=1)], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    product(
+        [StoreAll(), Checkpoint(), Reverse(anchor_every=1), Reverse(keep_last=1)],
+        fast=lambda policy: policy == Reverse(keep_last=1),
+    ),
+)
 def test_every_policy_draws_the_same(policy: Any) -> None:
     mode = Mode(jnp.float64, False)
     ours, _ = pair(mode, policy=policy)

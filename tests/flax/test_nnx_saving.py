@@ -38,8 +38,13 @@ def trained(make: Any) -> tuple[Any, Any]:
     return model, optimizer
 
 
+@nnx.jit
+def _step(model: Any, optimizer: Any, x: Any) -> None:
+    optimizer.update(model, nnx.grad(loss)(model, x))
+
+
 def step(model: Any, optimizer: Any, seed: int) -> None:
-    optimizer.update(model, nnx.grad(loss)(model, MODE.x(seed=seed)))
+    _step(model, optimizer, MODE.x(seed=seed))
 
 
 def saved(folder: Path, tree: Any) -> Path:
@@ -48,7 +53,7 @@ def saved(folder: Path, tree: Any) -> Path:
     return folder / "state"
 
 
-@pytest.mark.parametrize("make", [as_list, as_stack])
+@pytest.mark.parametrize("make", [as_list, pytest.param(as_stack, marks=pytest.mark.long)])
 def test_training_goes_on_from_a_checkpoint(make: Any, tmp_path: Path) -> None:
     """Model, optimizer and random counts are restored into an abstract model; the next step is the same to the bit."""
     model, optimizer = trained(make)
@@ -67,7 +72,7 @@ def test_training_goes_on_from_a_checkpoint(make: Any, tmp_path: Path) -> None:
     assert all(jnp.array_equal(a, b) for a, b in zip(arrays(model), arrays(again), strict=True))
 
 
-@pytest.mark.parametrize("make", [as_list, as_stack])
+@pytest.mark.parametrize("make", [pytest.param(as_list, marks=pytest.mark.long), as_stack])
 def test_one_layout_is_restored_into_the_other(make: Any, tmp_path: Path) -> None:
     model, _ = trained(make)
     where = saved(tmp_path, _plain(nnx.state(model)))

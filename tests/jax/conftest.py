@@ -18,3 +18,14 @@ def x64() -> Iterator[None]:
             yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def quick() -> Iterator[None]:
+    """XLA's optimisations off, for tests that do not depend on what it makes of two runs of a block."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

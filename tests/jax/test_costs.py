@@ -175,8 +175,8 @@ def temporary(run: Any, given: Any, policy: Any) -> int:
 @pytest.mark.parametrize("policy", [Reverse(), Reverse(keep_last=4)], ids=str)
 def test_temporary_memory_of_a_repeat_is_flat(policy: Any) -> None:
     """Beyond what a policy keeps; stacked parameters above all are not copied. (16 bytes a layer hold its index.)"""
-    sizes = [temporary(*network("repeat", depth), policy) for depth in (8, 16, 32, 64)]
-    assert max(sizes) - min(sizes) <= 16 * 64
+    few, many = (temporary(*network("repeat", depth), policy) for depth in (8, 64))
+    assert abs(many - few) <= 16 * 64
 
 
 def test_anchors_in_a_repeat_take_their_own_bytes_alone() -> None:
@@ -256,20 +256,19 @@ class ForwardAsAdjoint(Momentum):
         return self.forward(gy, f), (1 - self.beta) * gy
 
 
-def test_a_wrong_adjoint_is_noticed() -> None:
+def test_a_wrong_adjoint_is_noticed(quick: None) -> None:
     def grads(coupling: Any, policy: Any) -> Any:
         def loss(params: Any) -> Any:
             streams = jnp.ones((3, D)), jnp.ones((3, D))
             y = revcore_jax.reversible(revnet(4, coupling), [mlp] * 4, params, streams, 0.5, policy=policy)
             return jnp.sum(y[0] * y[1])
 
-        return jax.grad(loss)([{k: jnp.full((D, D), 0.05) for k in "wv"}] * 4)
+        return jax.jit(jax.grad(loss))([{k: jnp.full((D, D), 0.05) for k in "wv"}] * 4)
 
-    assert_close(grads(Momentum(0.9), Reverse()), grads(Momentum(0.9), StoreAll()), depth=4, dtype="float32")
+    want = grads(Momentum(0.9), StoreAll())
+    assert_close(grads(Momentum(0.9), Reverse()), want, depth=4, dtype="float32")
     with pytest.raises(AssertionError):
-        assert_close(
-            grads(ForwardAsAdjoint(0.9), Reverse()), grads(Momentum(0.9), StoreAll()), depth=4, dtype="float32"
-        )
+        assert_close(grads(ForwardAsAdjoint(0.9), Reverse()), want, depth=4, dtype="float32")
 
 
 @pytest.mark.parametrize("wrong", [np.zeros(3), np.full(3, np.nan), np.zeros(0)], ids=["zero", "nan", "missing"])

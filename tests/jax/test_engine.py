@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from revcore import (
 )
 from revcore_jax import retain
 from tests.helpers import AS_USERS_COMPILE, assert_close, name_of, tree_error
+from tests.tiers import product
 
 D = 4
 
@@ -133,6 +135,19 @@ def networks() -> dict[str, tuple[Program, list[Any], list[Any]]]:
 NETWORKS = list(networks())
 
 
+@functools.cache
+def stored(name: str) -> Any:
+    """Return the network, its arguments, and the value and gradients of ``StoreAll()``."""
+    network = networks()[name]
+    given = network[2], streams_for(network)
+    return network, given, jax.jit(jax.value_and_grad(loss_of(network, StoreAll()), argnums=(0, 1)))(*given)
+
+
+# two outputs, and aux outputs, leave a step's own jit in other shapes; other structures are the conformance suite's
+EAGER = "affine", "aux"
+COMPILED = "functions", "columns"
+
+
 def outputs(result: Any) -> tuple[Any, Any]:
     """Part ``reversible``'s result into streams and aux."""
     return (result[0], result[1]) if isinstance(result[0], tuple) else (result, [])
@@ -153,13 +168,13 @@ def streams_for(network: Any, dtype: Any = np.float64) -> tuple[jax.Array, ...]:
     return tuple(normal(50 + i, 4, D, dtype=dtype) for i in range(network[0].num_streams))
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_gradients_equal_store_all(name: str, jit: bool) -> None:
-    network = networks()[name]
-    given = network[2], streams_for(network)
-    wrap = jax.jit if jit else lambda f: f
-    want = jax.value_and_grad(loss_of(network, StoreAll()), argnums=(0, 1))(*given)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    product(NETWORKS, ["eager", "jit"], fast=lambda name, mode: name in (COMPILED if mode == "jit" else EAGER)),
+)
+def test_gradients_equal_store_all(name: str, mode: str) -> None:
+    network, given, want = stored(name)
+    wrap = jax.jit if mode == "jit" else lambda f: f
     got = wrap(jax.value_and_grad(loss_of(network, Reverse()), argnums=(0, 1)))(*given)
     assert tree_error(got, want) <= 1e-12
 
@@ -181,12 +196,21 @@ POLICIES = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=name_of)
-@pytest.mark.parametrize("name", ["momentum", "nested repeat", "mixed", "aux"])
+# Where a policy's cuts meet a structure: iterations of a scan, anchors and bijections beside one, aux outputs; and once
+# each kind of policy on a plain chain. (What is kept by each is test_costs.py's affair.)
+CUTS: dict[str, list[Any]] = {
+    "momentum": [Reverse(anchor_every=3, keep_last=2), Reverse(keep_last=100), Checkpoint(100)],
+    "nested repeat": [Reverse(anchor_every=2), Reverse(keep_last=1), Reverse(keep_last=5), Checkpoint(3)],
+    "mixed": [Reverse(anchor_every=4), Reverse(anchor_every=3, keep_last=2), POLICIES[9]],
+    "aux": [POLICIES[7], POLICIES[8], Checkpoint()],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), product(CUTS, POLICIES, fast=lambda name, policy: policy in CUTS[name], name=name_of)
+)
 def test_policies_change_no_value(name: str, policy: Any) -> None:
-    network = networks()[name]
-    given = network[2], streams_for(network)
-    want = jax.jit(jax.value_and_grad(loss_of(network, StoreAll()), argnums=(0, 1)))(*given)
+    network, given, want = stored(name)
     got = jax.jit(jax.value_and_grad(loss_of(network, policy), argnums=(0, 1)))(*given)
     assert tree_error(got, want) <= 1e-12
 
@@ -195,9 +219,11 @@ def test_policies_change_no_value(name: str, policy: Any) -> None:
     "policy",
     [
         Reverse(anchor_every=4, offload=True),
-        Reverse(keep_last=2, recompute=jax.checkpoint_policies.dots_saveable, offload=True),
+        pytest.param(
+            Reverse(keep_last=2, recompute=jax.checkpoint_policies.dots_saveable, offload=True), marks=pytest.mark.long
+        ),
         Reverse(recompute=jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")),
-        Checkpoint(2, offload=True),
+        pytest.param(Checkpoint(2, offload=True), marks=pytest.mark.long),
         Checkpoint(2, recompute=jax.checkpoint_policies.dots_saveable, offload=True),
     ],
     ids=name_of,
@@ -205,9 +231,7 @@ def test_policies_change_no_value(name: str, policy: Any) -> None:
 def test_what_is_offloaded_comes_back(policy: Any) -> None:
     if "pinned_host" not in [memory.kind for memory in jax.devices()[0].addressable_memories()]:
         pytest.skip("this device has no pinned host memory")
-    network = networks()["repeat"]
-    given = network[2], streams_for(network)
-    want = jax.jit(jax.value_and_grad(loss_of(network, StoreAll()), argnums=(0, 1)))(*given)
+    network, given, want = stored("repeat")
     step = jax.jit(jax.value_and_grad(loss_of(network, policy), argnums=(0, 1)))
     assert tree_error(step(*given), want) <= 1e-12
     assert "<host>" in str(jax.make_jaxpr(step)(*given))  # the CPU's compiler then makes one memory of both
@@ -220,7 +244,7 @@ def test_a_device_without_host_memory_is_told(monkeypatch: pytest.MonkeyPatch) -
         loss_of(network, Checkpoint(offload=True))(network[2], streams_for(network))
 
 
-@pytest.mark.parametrize("name", ["additive", "momentum", "affine", "repeat"])
+@pytest.mark.parametrize("name", product(["additive", "momentum", "affine", "repeat"], fast=lambda n: n == "repeat"))
 def test_float32_stays_within_rounding(name: str) -> None:
     program, blocks, params = networks()[name]
     network = program, blocks, jax.tree.map(lambda a: a.astype(np.float32), params)
@@ -258,7 +282,10 @@ def test_values_equal_the_numpy_reference_and_its_complex_step() -> None:
     assert abs(loss(tree) - forward(np, reference.forward, tree)) <= 1e-12
 
 
-@pytest.mark.parametrize("name", [n for n in NETWORKS if n != "mixed"])
+@pytest.mark.parametrize(
+    "name",
+    product([n for n in NETWORKS if n != "mixed"], fast=lambda n: n in ("three streams", "functions", "nested repeat")),
+)
 def test_inverse_undoes_forward(name: str) -> None:
     program, blocks, params = network = networks()[name]
     streams = streams_for(network)
@@ -334,18 +361,25 @@ def test_context_kwargs_and_layerwise_arguments_have_gradients() -> None:
         "shift": normal(6, D),
         "layerwise": layer,
     }
-    want = jax.grad(loss)(given, StoreAll())
+    compiled = jax.jit(jax.grad(loss), static_argnums=1)
+    want = compiled(given, StoreAll())
     assert tree_error(jax.grad(loss)(given, Reverse()), want) <= 1e-12
-    assert tree_error(jax.jit(jax.grad(loss), static_argnums=1)(given, Reverse()), want) <= 1e-12
+    assert tree_error(compiled(given, Reverse()), want) <= 1e-12
 
 
-@pytest.mark.parametrize("typed", [True, False], ids=["typed", "raw"])
-@pytest.mark.parametrize("where", ["params", "args", "layerwise"])
-def test_keys_replay(typed: bool, where: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "kind"),
+    product(
+        ["params", "args", "layerwise"],
+        ["typed", "raw"],
+        fast=lambda where, kind: kind == ("raw" if where == "args" else "typed"),
+    ),
+)
+def test_keys_replay(where: str, kind: str) -> None:
     """The mask of the rebuild is that of the forward pass: gradients equal store-all's with the same keys."""
     program, n = Program((Couple(0, (1,)), Repeat(Couple(1, (0,)), 3))), 4
-    make = jax.random.key if typed else jax.random.PRNGKey
-    keys = jax.random.split(make(0), n)
+    # rbg compiles quicker than threefry, and splits as that one does
+    keys = jax.random.split(jax.random.key(0, impl="rbg") if kind == "typed" else jax.random.PRNGKey(0), n)
 
     def dropout(x: Any, key: Any) -> Any:
         return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0)
@@ -372,9 +406,8 @@ def test_keys_replay(typed: bool, where: str) -> None:
 
     weights = [{k: p[k] for k in ("w", "v")} for p in params]
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
-    assert tree_error(gradient(weights, Reverse()), gradient(weights, StoreAll())) <= 1e-12
-    if typed:  # eager too
-        assert tree_error(jax.grad(loss)(weights, Reverse()), gradient(weights, StoreAll())) <= 1e-12
+    want = gradient(weights, StoreAll())
+    assert tree_error(gradient(weights, Reverse()), want) <= 1e-12
     drawn = [jax.tree.map(np.asarray, dropout(jnp.ones(64), k)) for k in keys]
     assert not np.array_equal(drawn[0], drawn[1])
 
@@ -445,7 +478,7 @@ def test_a_coupling_that_closes_over_a_tracer_is_refused() -> None:
         jax.grad(loss)(0.5)
 
 
-# --- transforms of other kinds of steps (test_jax_transforms.py has the rest) -----------------------------------------
+# --- transforms of other kinds of steps (test_transforms.py has the rest) -----------------------------------------
 
 
 @pytest.mark.parametrize("name", ["affine"])
@@ -462,7 +495,7 @@ def test_second_derivatives(name: str) -> None:
     assert tree_error(curvature(Reverse()), curvature(StoreAll())) <= 1e-12
 
 
-@pytest.mark.parametrize("name", ["affine", "mixed", "aux"])
+@pytest.mark.parametrize("name", product(["affine", "mixed", "aux"], fast=lambda name: name == "aux"))
 def test_vmap_both_ways(name: str) -> None:
     network = networks()[name]
     streams = tuple(jnp.stack([s, 2 * s, s - 1]) for s in streams_for(network))
@@ -552,7 +585,9 @@ def test_streams_of_unlike_shapes_where_the_program_allows() -> None:
     params = [{"s": normal(i, sizes[i % 3]), "t": normal(i + 9, sizes[i % 3])} for i in range(6)]
     streams = tuple(normal(i, 3, n) for i, n in enumerate(sizes))
     network = program, [block] * 6, params
-    want, got = (jax.grad(loss_of(network, p), argnums=(0, 1))(params, streams) for p in (StoreAll(), Reverse()))
+    want, got = (
+        jax.jit(jax.grad(loss_of(network, p), argnums=(0, 1)))(params, streams) for p in (StoreAll(), Reverse())
+    )
     assert tree_error(got, want) <= 1e-12
 
 

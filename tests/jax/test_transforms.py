@@ -3,6 +3,10 @@
 A case is a function of a network, its parameters and its streams. It runs twice, on revcore_jax and on plain
 arithmetic that stores everything (``plain_network.py``): a chain and a ``Repeat``, in float64 (≤ 1e-12 over the whole
 tree), and under jit in float32 (≤ 16·depth·eps, against float64).
+
+What is inside a block is as much a chain's affair as a ``Repeat``'s, and what is around the network transforms the
+scan of a ``Repeat`` too: so the fast tier has each case once, the former on a chain and the latter on a ``Repeat``;
+under jit, which compiles once what would be thirty operations. Of transforms that are one to the network, it has one.
 """
 
 from __future__ import annotations
@@ -37,11 +41,28 @@ from tests.jax.plain_network import (
     loss,
     mlp,
 )
+from tests.tiers import product
 
 Case = Callable[[Net, Any, Any], Any]
 CASES: dict[str, Case] = {}
 
 pytestmark = pytest.mark.usefixtures("x64")
+
+
+def name_of_mode(value: Any) -> str:
+    return ("eager", "jit")[value] if isinstance(value, bool) else value
+
+
+on_chain, on_repeat = (
+    pytest.mark.parametrize("kind", [k if k == here else pytest.param(k, marks=pytest.mark.long) for k in KINDS])
+    for here in KINDS
+)
+compiled_repeat, eager_chain_and_compiled_repeat = (
+    pytest.mark.parametrize(
+        ("jit", "kind"), product([False, True], KINDS, fast=lambda *case, here=here: case in here, name=name_of_mode)
+    )
+    for here in ([(True, "repeat")], [(False, "chain"), (True, "repeat")])
+)
 
 
 def case(name: str) -> Callable[[Case], Case]:
@@ -391,12 +412,31 @@ def _(net: Net, p: Any, x: Any) -> Any:
 
 @functools.cache
 def by_hand(name: str, kind: Kind) -> Any:
-    return CASES[name](Net(kind, ours=False), *arrays(kind))
+    return jax.jit(partial(CASES[name], Net(kind, ours=False)))(*arrays(kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["float64", "float32 jit"])
-@pytest.mark.parametrize("name", CASES)
+# That fail with others: made of the same derivatives and batching, or of JAX's own primitives alone
+ALIKE = {
+    "value_and_grad, has_aux", "grad of vmap, params", "stop_gradient around", "while_loop around, descending",
+    "jit in a block",
+    "second output alone", "jacrev", "hessian", "HVP, reverse over reverse", "linearize, StoreAll", "jacfwd, StoreAll",
+    "vmap of grad, params", "vmap of vmap", "checkpoint with a policy around", "fori_loop around", "switch around",
+    "checkpoint with a policy in a block", "fori_loop in a block", "switch in a block", "vmap in a block",
+    "optimization_barrier in a block", "while_loop in a block", "ensure_compile_time_eval in a block",
+    "named_call in a block", "uint32 keys", "complex blocks' real parts over real streams",
+}  # fmt: skip
+# Without a jit around, each step is traced by itself, and what it closes over are values, or tracers of the transform
+EAGER_TOO = "nested closures", "closure, grad of grad"
+
+
+def fast(name: str, mode: str, kind: Kind) -> bool:
+    if name == "grad":
+        return (mode, kind) == ("float64", "chain")
+    on = "chain" if "in a block" in name else "repeat"
+    return name not in ALIKE and kind == on and (mode != "float64" or name in EAGER_TOO)
+
+
+@pytest.mark.parametrize(("name", "mode", "kind"), product(CASES, ["float64", "float32 jit"], KINDS, fast=fast))
 def test_transform(name: str, mode: str, kind: Kind) -> None:
     dtype, *jit = mode.split()
     run = partial(CASES[name], Net(kind, ours=True))
@@ -466,15 +506,15 @@ def _(f: Callable[..., Any], p: Any, x: Any) -> list[Any]:
 
 @outside("threads tracing at once")
 def _(f: Callable[..., Any], p: Any, x: Any) -> list[Any]:
-    results: list[Any] = [None] * 3
-    together = threading.Barrier(3)
+    results: list[Any] = [None] * 2
+    together = threading.Barrier(2)
 
     def work(i: int) -> None:
         with jax.enable_x64(True):  # a thread has its own
             together.wait()
             results[i] = jax.jit(lambda p, x: f(p, x))(p, x)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -482,16 +522,27 @@ def _(f: Callable[..., Any], p: Any, x: Any) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize(
+    ("name", "dtype", "kind"),
+    product(
+        OUTSIDE,
+        ["float64", "float32"],
+        KINDS,
+        # what jit gets is one program; without jit a Repeat's scan is a loop
+        fast=lambda name, dtype, kind: (
+            dtype == "float64"
+            and kind == ("repeat" if name in ("disable_jit", "export, symbolic batch") else "chain")
+            and name != "debug_nans, jit"
+        ),
+    ),
+)
 def test_outside_of_jit(name: str, dtype: str, kind: Kind) -> None:
     results = OUTSIDE[name](gradient(Net(kind, ours=True), block=lambda q, z: mlp(q, z)), *arrays(kind, dtype))
     for got in results:
         assert_equal_networks(got, by_hand("grad", kind), dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@on_repeat
 def test_an_exported_network_is_differentiated_afterwards(kind: Kind) -> None:
     p, x = arrays(kind)
     kept = jax.export.export(jax.jit(lambda p, x: Net(kind, ours=True)(p, x)))(p, x).serialize(vjp_order=1)
@@ -509,9 +560,10 @@ REFUSED: dict[str, tuple[Case, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(
+    ("name", "jit", "kind"),
+    product(REFUSED, [False, True], KINDS, fast=lambda _, jit, kind: not jit and kind == "chain", name=name_of_mode),
+)
 def test_refused(name: str, jit: bool, kind: Kind) -> None:
     """Forward mode has no rule under Reverse(): JAX says so, and StoreAll() (above) has one."""
     run, message = REFUSED[name]
@@ -520,7 +572,7 @@ def test_refused(name: str, jit: bool, kind: Kind) -> None:
         (jax.jit(run) if jit else run)(*arrays(kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@on_repeat
 def test_linear_transpose_is_refused_under_reverse(kind: Kind) -> None:
     p, x = arrays(kind)
 
@@ -534,7 +586,7 @@ def test_linear_transpose_is_refused_under_reverse(kind: Kind) -> None:
         transposed(Reverse())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@on_chain
 def test_a_collective_over_a_vmapped_axis_is_differentiated_inside_the_vmap(kind: Kind) -> None:
     """JAX runs the backward pass of no ``custom_vjp`` where that axis has its name: StoreAll(), or grad inside."""
     p, x = arrays(kind)
@@ -551,8 +603,8 @@ def test_a_collective_over_a_vmapped_axis_is_differentiated_inside_the_vmap(kind
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+# in a compiled scan, and outside of any
+@eager_chain_and_compiled_repeat
 def test_callbacks_run_with_each_evaluation(jit: bool, kind: Kind, capfd: pytest.CaptureFixture[str]) -> None:
     """Once where everything is stored; twice under ``Reverse``, whose backward pass evaluates each block again."""
     calls: list[float] = []
@@ -574,7 +626,7 @@ def test_callbacks_run_with_each_evaluation(jit: bool, kind: Kind, capfd: pytest
     assert seen == {"reverse": 2 * DEPTH, "stored": DEPTH}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@on_chain
 def test_blocks_are_traced_once_for_equal_shapes(kind: Kind) -> None:
     calls: list[Any] = []
 
@@ -594,7 +646,7 @@ def test_blocks_are_traced_once_for_equal_shapes(kind: Kind) -> None:
     assert len(calls) == 2 * first
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@on_repeat
 def test_names_are_retained_in_both_passes(kind: Kind) -> None:
     def block(q: Any, x: Any) -> Any:
         with jax.named_scope("my_scope"):
@@ -610,7 +662,7 @@ def test_names_are_retained_in_both_passes(kind: Kind) -> None:
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@on_repeat
 def test_x64_on_and_off_in_one_process(kind: Kind) -> None:
     run = jax.jit(gradient(Net(kind, ours=True)))
     for on in (True, False, True):
@@ -621,8 +673,7 @@ def test_x64_on_and_off_in_one_process(kind: Kind) -> None:
             assert_equal_networks(got, by_hand("grad", kind), dtype)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@compiled_repeat
 def test_bfloat16_blocks_over_float32_streams(jit: bool, kind: Kind) -> None:
     def block(q: Any, x: Any) -> Any:
         return mlp(jax.tree.map(lambda a: a.astype(jnp.bfloat16), q), x.astype(jnp.bfloat16))
@@ -635,8 +686,7 @@ def test_bfloat16_blocks_over_float32_streams(jit: bool, kind: Kind) -> None:
     assert tree_error(got, want) <= 1e-2  # a rebuilt stream may round to the other bfloat16
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@compiled_repeat
 def test_weak_types(jit: bool, kind: Kind) -> None:
     """Scalars that came of Python numbers take the dtype of what they meet, in a scan's carry too."""
 
@@ -652,8 +702,7 @@ def test_weak_types(jit: bool, kind: Kind) -> None:
     assert tree_error(*results) <= 1e-12
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@compiled_repeat
 def test_an_empty_batch(jit: bool, kind: Kind) -> None:
     run, (p, x) = gradient(Net(kind, ours=True)), arrays(kind)
     empty = jax.tree.map(lambda a: a[:0], x)
@@ -666,7 +715,7 @@ def test_an_empty_batch(jit: bool, kind: Kind) -> None:
 # --- the check itself -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["float64", "float32"])
+@pytest.mark.parametrize("mode", [pytest.param("float64", marks=pytest.mark.long), "float32"])
 def test_a_slightly_wrong_network_is_noticed(mode: str) -> None:
     p, x = arrays("chain", mode)
     net = Net("chain", ours=True)
@@ -675,10 +724,10 @@ def test_a_slightly_wrong_network_is_noticed(mode: str) -> None:
         assert_equal_networks(wrong, by_hand("grad", "chain"), mode)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@on_repeat
 def test_clear_caches_between_two_calls(kind: Kind) -> None:
-    """Comes last, for all others' compiled functions go too."""
-    run, given = gradient(Net(kind, ours=True)), arrays(kind)
+    """Comes last, for all others' compiled functions go too; compiled as one, for so do all single operations."""
+    run, given = jax.jit(gradient(Net(kind, ours=True))), arrays(kind)
     run(*given)
     jax.clear_caches()
     assert_equal_networks(run(*given), by_hand("grad", kind))

@@ -130,7 +130,15 @@ def nnx_loss(model: Any) -> Any:
 
 @functools.cache
 def first_nnx_model() -> NnxModel:
-    return nnx.jit(lambda: NnxModel(nnx.Rngs(0)))()
+    graph, state = nnx.split(nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0))))
+    return nnx.merge(graph, jax.tree.map(first_value, state))
+
+
+def first_value(shape: Any) -> Any:
+    """Return random numbers, without a compilation; keys and counts need not be random."""
+    if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+        return jax.random.key(0)
+    return jnp.asarray(RNG.standard_normal(shape.shape), shape.dtype)
 
 
 def nnx_model() -> NnxModel:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from revcore.demo.run import NEXT_LOSS_TOLERANCE, start
 from revcore.demo.text import Corpus
 from revcore.policy import Reverse
 
-CONFIG = Config(depth=4, steps=6, width=16, context=16, batch=2)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 OPTIONS: dict[str, Any] = {"depth": 4, "steps": 6, "width": 16, "context": 16, "batch": 2}
+CONFIG = Config(**OPTIONS)
 TEXT = b"The quick brown fox jumps over the lazy dog.\nHow vexingly quick daft zebras jump!\n" * 20
 BACKENDS = {name: load_backend(name) for name in ("torch", "jax")}
 
@@ -104,6 +105,7 @@ def test_curves_that_part_or_break_are_no_agreement() -> None:
     assert not measure.agreement([[1.0, 1.0], [1.0]], 0.02).ok
 
 
+@pytest.mark.long  # the demo below does the same at four steps
 def test_gradients_of_torch_and_jax_agree(corpus: Corpus) -> None:
     run = start(replace(CONFIG, depth=24), TEXT)
     float64, float32 = measure.parity(BACKENDS, run, corpus.batch(0), "cpu").values()
@@ -126,16 +128,6 @@ def test_gradients_of_other_weights_do_not_agree(corpus: Corpus) -> None:
     assert not measure.compare(*records).ok
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_reversible_memory_is_flat_and_the_others_grow(name: str, corpus: Corpus) -> None:
-    by_policy = measure.memory({name: BACKENDS[name]}, CONFIG, corpus.batch(0), depths=(4, 16))[name]
-    assert len(set(by_policy["reversible"])) == 1, by_policy
-    stream = CONFIG.batch * CONFIG.context * CONFIG.width * 4
-    for policy in ("store-all", "checkpointing"):
-        assert by_policy[policy][1] - by_policy[policy][0] >= 12 * stream, by_policy
-    assert by_policy["store-all"][-1] > by_policy["checkpointing"][-1] > by_policy["reversible"][-1]
-
-
 def test_batches_go_by_the_step_and_never_touch_the_held_out_text(corpus: Corpus) -> None:
     assert (corpus.batch(3) == Corpus(TEXT, CONFIG).batch(3)).all()
     assert (corpus.batch(3) != corpus.batch(4)).any()
@@ -153,18 +145,29 @@ def test_the_same_seed_makes_the_same_weights() -> None:
     assert (a["head.weight"] != c["head.weight"]).any()
 
 
+@dataclass(frozen=True)
+class Finished:
+    """What the whole demo left: its exit code, its folder, what it printed, and the bytes that it measured."""
+
+    code: int
+    folder: Path
+    printed: str
+    memory: dict[str, dict[str, list[int]]]
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, str]:
-    """What the whole demo left: its exit code, its folder and what it printed."""
-    folder, console = tmp_path_factory.mktemp("demo") / "new" / "folder", silent()
-    code = demo(("torch", "jax"), folder, text=TEXT, depths=(4, 8), console=console, **OPTIONS)
-    return code, folder, output(console)
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder, console, memory = tmp_path_factory.mktemp("demo") / "new" / "folder", silent(), {}
+    with pytest.MonkeyPatch.context() as patch:
+        plain = measure.memory
+        patch.setattr(measure, "memory", lambda *given: memory.update(plain(*given)) or memory)
+        code = demo(("torch", "jax"), folder, text=TEXT, depths=(4, 8), console=console, **OPTIONS)
+    return Finished(code, folder, output(console), memory)
 
 
-@pytest.mark.long
-def test_the_demo_ends_well_and_writes_its_files(finished: tuple[int, Path, str]) -> None:
-    code, folder, printed = finished
-    assert code == 0, printed
+def test_the_demo_ends_well_and_writes_its_files(finished: Finished) -> None:
+    folder, printed = finished.folder, finished.printed
+    assert finished.code == 0, printed
     for name in ("curves.png", "memory.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     for words in (
@@ -177,10 +180,19 @@ def test_the_demo_ends_well_and_writes_its_files(finished: tuple[int, Path, str]
         assert words in printed
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", BACKENDS)
-def test_the_demo_goes_on_in_one_framework(name: str, finished: tuple[int, Path, str], tmp_path: Path) -> None:
-    path, console = finished[1] / "checkpoint.safetensors", silent()
+def test_reversible_memory_is_flat_and_the_others_grow(name: str, finished: Finished) -> None:
+    by_policy = finished.memory[name]
+    assert len(set(by_policy["reversible"])) == 1, by_policy
+    stream = CONFIG.batch * CONFIG.context * CONFIG.width * 4
+    for policy in ("store-all", "checkpointing"):
+        assert by_policy[policy][1] - by_policy[policy][0] >= 4 * stream, by_policy
+    assert by_policy["store-all"][-1] > by_policy["checkpointing"][-1] > by_policy["reversible"][-1]
+
+
+@pytest.mark.parametrize("name", ["torch", pytest.param("jax", marks=pytest.mark.long)])
+def test_the_demo_goes_on_in_one_framework(name: str, finished: Finished, tmp_path: Path) -> None:
+    path, console = finished.folder / "checkpoint.safetensors", silent()
     code = demo((name,), tmp_path, resume=path, text=TEXT, depths=(4,), console=console, steps=8)
     printed = output(console)
     assert code == 0, printed
@@ -190,7 +202,6 @@ def test_the_demo_goes_on_in_one_framework(name: str, finished: tuple[int, Path,
     assert after.history.loss[:6] == Checkpoint.load(path).history.loss
 
 
-@pytest.mark.long
 def test_the_demo_fails_with_the_reasons(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grown = {"store-all": [1, 2], "checkpointing": [1, 2], "reversible": [100, 102]}
     parted = measure.agreement([[1.0], [2.0]], 0.5)
@@ -218,6 +229,39 @@ def test_signals_are_handled_as_before_when_training_has_ended() -> None:
     assert handlers() == before
 
 
+WORK = b"All work and no play. " * 100
+
+
+def check_stopped(folder: Path, name: str) -> None:
+    """What is left of a run that was told to stop in its fourth step, of very many."""
+    path = folder / "checkpoint.safetensors"
+    stopped = Checkpoint.load(path)
+    assert 3 < stopped.step == len(stopped.history.loss) < 1_000_000
+    assert [file.name for file in folder.iterdir()] == [path.name]  # nothing half-written beside it
+    resumed = fresh(name, stopped.state).loss(Corpus(WORK, CONFIG).batch(stopped.step))
+    assert resumed < stopped.history.loss[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_that_resumes(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, console = Corpus.batch, silent()
+
+    def signalled(self: Corpus, step: int) -> np.ndarray:
+        if step == 3:
+            signal.raise_signal(number)
+        return batch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "batch", signalled)
+        code = demo(("torch", "jax"), tmp_path, text=WORK, console=console, **OPTIONS | {"steps": 1_000_000})
+    assert code == run_module.INTERRUPTED
+    assert "Stopped PyTorch after step 4 of 1000000." in output(console)
+    assert "--resume" in output(console)
+    check_stopped(tmp_path, "torch")
+
+
 _LONG_RUN = """
 import sys
 from revcore.demo import demo
@@ -234,7 +278,7 @@ sys.exit(demo((sys.argv[1],), sys.argv[2], text=b"All work and no play. " * 100,
 @pytest.mark.parametrize(
     ("name", "number"), [("torch", signal.SIGINT), ("jax", signal.SIGINT), ("torch", signal.SIGTERM)]
 )
-def test_stopping_leaves_a_checkpoint_that_resumes(name: str, number: signal.Signals, tmp_path: Path) -> None:
+def test_a_process_that_is_stopped_leaves_a_checkpoint(name: str, number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-c", _LONG_RUN, name, str(tmp_path)]
     root = str(Path(run_module.__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -248,9 +292,4 @@ def test_stopping_leaves_a_checkpoint_that_resumes(name: str, number: signal.Sig
         out, err = process.communicate(timeout=120)
     assert process.returncode == run_module.INTERRUPTED, err
     assert "--resume" in out
-    path = tmp_path / "checkpoint.safetensors"
-    stopped = Checkpoint.load(path)
-    assert 3 < stopped.step == len(stopped.history.loss) < 1_000_000
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]  # nothing half-written beside it
-    resumed = fresh(name, stopped.state).loss(Corpus(b"All work and no play. " * 100, CONFIG).batch(stopped.step))
-    assert resumed < stopped.history.loss[0]
+    check_stopped(tmp_path, name)

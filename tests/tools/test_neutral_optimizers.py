@@ -29,6 +29,8 @@ import revcore  # noqa: E402
 from revcore_jax import neutral as jax_neutral  # noqa: E402
 from revcore_torch import neutral as torch_neutral  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def used(model: Any) -> Any:
     """The model without its second head, which the loss does not use."""

@@ -31,6 +31,7 @@ from revcore import Anchor, Chain, Couple, Momentum, Program, Repeat, weights  #
 from revcore.named import load_function  # noqa: E402
 from revcore.parity import Parting, Record, Report, Stage, compare  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DEPTH = 6
 X = np.random.default_rng(0).standard_normal((2, 8))
 
@@ -98,7 +99,10 @@ def truth() -> tuple[Record, Any]:
     return revcore_torch.parity.record(model, [X]), revcore_torch.parity.parameters(model)
 
 
-@pytest.mark.parametrize("order", ["torch against JAX", "JAX against torch"])
+@pytest.mark.parametrize(
+    "order",
+    ["torch against JAX", pytest.param("JAX against torch", marks=pytest.mark.long)],  # below too, of Linen
+)
 def test_equal_models_agree(order: str) -> None:
     models = [in_torch(coupling=Momentum(0.9)), in_nnx(coupling=Momentum(0.9))]
     report = held(*(models if order.startswith("torch") else models[::-1]))
@@ -193,6 +197,10 @@ def test_stacked_blocks_and_anchors_run_alike() -> None:
     report = held(one, other)
     assert report.ok, f"\n{report}"
     assert [row.name.split(" of ")[0] for row in report.steps][-2:] == ["step 4 (Anchor)", "step 5 (Couple)"]
+    assert all(row.backward is not None for row in report.steps)
+    assert {row.name for row in report.rows} >= {"output", "loss", "5.mix.weight", "(input 0)"}
+    assert (report.depth, report.dtype) == (6, "float64")
+    assert max(report.value_error or 0, report.gradient_error or 0) > 0  # two frameworks did compute
     module = revcore_jax.linen.ReversibleSequential(
         [LinenBlock(), LinenBlock(), product, LinenBlock()], program=program
     )

@@ -138,6 +138,9 @@ EVERYTHING = {
     "affine": Setting(coupling=revcore.Affine(), update=lambda x, f: x * f[0].exp() + f[1], wrap=Pair, tolerance=1e-11),
 }
 KEPT = {"operations kept": EVERYTHING["operations kept"]}
+# In the fast tier: the two ways in which a step is got back, and what each other setting adds to them. Anchors, last
+# steps kept, offloading and couplings have tests of their own; the long tier has each of them with every composition.
+FAST = {"reverse", "checkpoint", "a policy for each step", "operations kept", "three streams"}
 
 
 class Outcome(NamedTuple):

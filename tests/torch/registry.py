@@ -12,13 +12,13 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from tests.torch.harness import POLICIES, Case, Make, Setting, check, dropout_block
+from tests.torch.harness import FAST, POLICIES, Case, Make, Setting, check, dropout_block
 
 HERE = Path(__file__).parent
 # in the order of the table
@@ -73,14 +73,23 @@ class Section:
         note: str = "",
         make: Make = dropout_block,
         settings: dict[str, Setting] = POLICIES,
+        fast: Collection[str] = FAST,
         depth: int = 5,
         tolerance: float = 0,
         bug: str = "",
     ) -> Callable[[Case], Any]:
-        """Make a case (a function of a model) a test: the plain network does the same under every setting."""
+        """Make a case (a function of a model) a test: the plain network does the same under every setting.
+
+        Settings that are not named in ``fast`` are for the long tier.
+        """
+        assert any(name in fast for name in settings), f"{what}: mark the test as long, not all of its settings"
+        cases = [
+            pytest.param(setting, id=name, marks=() if name in fast else pytest.mark.long)
+            for name, setting in settings.items()
+        ]
 
         def decorate(case: Case) -> Any:
-            @pytest.mark.parametrize("setting", settings.values(), ids=settings)
+            @pytest.mark.parametrize("setting", cases)
             def test(setting: Setting) -> None:
                 check(case, make, setting, depth, tolerance)
 

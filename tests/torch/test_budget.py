@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import math
 import random
 import re
 import weakref
@@ -37,6 +38,7 @@ from revcore_torch.budget import AGAIN, KEPT, REBUILT, _Passes, _Search
 from revcore_torch.memory import LiveBytes
 from revcore_torch.steps import Arguments
 from tests.helpers import tree_error
+from tests.tiers import product
 
 W = 8
 
@@ -106,6 +108,10 @@ def mlp(hidden: int = 32) -> nn.Module:
     return nn.Sequential(
         nn.LayerNorm(W), nn.Linear(W, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, W)
     )  # fmt: skip
+
+
+def bare(hidden: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(W, hidden), nn.GELU(), nn.Linear(hidden, W))
 
 
 def random_model(seed: int) -> tuple[ReversibleSequential, Tensor]:
@@ -190,7 +196,8 @@ def least_of(model: Any, x: Tensor) -> int:
     return int(found[1].replace(",", ""))
 
 
-@pytest.mark.parametrize("seed", range(20))
+# One of each kind of model is fast, with two streams and three, with and without a gradient of the input.
+@pytest.mark.parametrize("seed", product(range(20), fast=lambda seed: seed in (1, 2, 3, 4, 9)))
 def test_twenty_random_models_keep_to_their_budgets(seed: int) -> None:
     model, x = random_model(seed)
     most, expected = train(model, x, StoreAll(), whole=True)
@@ -204,34 +211,47 @@ def test_twenty_random_models_keep_to_their_budgets(seed: int) -> None:
         assert train(model, x, MemoryBudget(bytes=size), whole=False)[0] <= size
 
 
-def calls(model: Any, x: Tensor, policy: Policy) -> int:
-    """Return how often blocks run in a training step."""
-    counted = ReversibleSequential(*[Counted(block) for block in copy.deepcopy(list(model))], policy=policy)
-    counted(x).sum().backward()
-    return sum(block.calls for block in counted)  # type: ignore[attr-defined]
-
-
 def test_more_memory_means_less_recomputation_down_to_none() -> None:
-    model, x = ReversibleSequential(*[mlp() for _ in range(5)]), torch.randn(64, 2 * W)
+    model, x = ReversibleSequential(*[Counted(mlp()) for _ in range(4)]), torch.randn(64, 2 * W)
     most, _ = train(model, x, StoreAll(), whole=True)
-    found = [calls(model, x, MemoryBudget(bytes=int(most * share))) for share in (0.5, 0.7, 0.9, 1)]
+
+    def calls(budget: MemoryBudget) -> int:
+        """Return how often blocks run in a training step; what was planned for one budget is known for the others."""
+        model.policy = budget
+        model.zero_grad()
+        before = sum(block.calls for block in model)  # type: ignore[attr-defined, misc]
+        model(x).sum().backward()
+        return sum(block.calls for block in model) - before  # type: ignore[attr-defined, misc]
+
+    found = [calls(MemoryBudget(bytes=int(most * share))) for share in (0.5, 0.7, 0.9, 1)]
     assert found == sorted(found, reverse=True)
-    assert found[0] > found[1] > found[-1] == 5
-    assert calls(model, x, MemoryBudget(fraction=1)) == 5
-    assert calls(model, x, MemoryBudget(bytes=10**12)) == 5
+    assert found[0] > found[1] > found[-1] == 4
+    assert calls(MemoryBudget(fraction=1)) == 4
+    assert calls(MemoryBudget(bytes=10**12)) == 4
 
 
 def search(model: ReversibleSequential, x: Tensor) -> _Search:
     return _Search(_Passes(model.program, tuple(model), x, Arguments((), {}, None), model.split, model.merge), {})
 
 
-@pytest.mark.parametrize("hidden", [(32,) * 4, (32, 8, 64, 16)], ids=["equal", "unlike"])
-def test_the_choice_is_the_best_but_for_one_step_at_the_most(hidden: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("make", "hidden"),
+    [
+        pytest.param(bare, (32,) * 3, id="equal"),
+        pytest.param(bare, (32, 8, 64), id="unlike"),
+        pytest.param(mlp, (32,) * 4, id="four equal", marks=pytest.mark.long),
+        pytest.param(mlp, (32, 8, 64, 16), id="four unlike", marks=pytest.mark.long),
+    ],
+)
+def test_the_choice_is_the_best_but_for_one_step_at_the_most(
+    make: Callable[[int], nn.Module], hidden: tuple[int, ...]
+) -> None:
     """Held against every one of the choices there are, each planned."""
-    model, x = ReversibleSequential(*[mlp(h) for h in hidden]), torch.randn(128, 2 * W)
+    model, x = ReversibleSequential(*[make(h) for h in hidden]), torch.randn(128, 2 * W)
     every = search(model, x)
     number = len(hidden)
     peaks = {choice: every.peak(choice) for choice in itertools.product((KEPT, REBUILT, AGAIN), repeat=number)}
+    known = {every.assignment(choice): taken for choice, taken in every.tried.items()}
     alike = kept, rebuilt, again = (KEPT,) * number, (REBUILT,) * number, (AGAIN,) * number
     model_of = every.model(every.tried[kept], every.tried[rebuilt], every.tried[again])
     least = min(peaks.values())
@@ -241,6 +261,7 @@ def test_the_choice_is_the_best_but_for_one_step_at_the_most(hidden: tuple[int, 
         size = least + int(share * (peaks[kept] - least))
         one = search(model, x)
         one.tried = {choice: every.tried[choice] for choice in alike}
+        one.passes.run = known.__getitem__  # type: ignore[method-assign]
         chosen = tuple(policies[policy] for policy in one.within(MemoryBudget(bytes=size)))  # type: ignore[index]
         best = min(model_of.cost(choice) for choice, peak in peaks.items() if peak <= size)
         assert peaks[chosen] <= size
@@ -248,7 +269,7 @@ def test_the_choice_is_the_best_but_for_one_step_at_the_most(hidden: tuple[int, 
         assert len(one.tried) <= 3 + budget.CHECKS + 4
         if len(set(hidden)) == 1:
             last = [(REBUILT,) * (number - k) + (KEPT,) * k for k in range(number + 1)]
-            assert model_of.cost(chosen) <= min(model_of.cost(c) for c in last if peaks[c] <= size)
+            assert model_of.cost(chosen) <= min((model_of.cost(c) for c in last if peaks[c] <= size), default=math.inf)
 
 
 def test_what_has_no_inverse_is_run_again_from_its_input() -> None:
@@ -315,7 +336,7 @@ def test_a_choice_is_kept_for_calls_of_the_same_kind(monkeypatch: pytest.MonkeyP
     ran = []
     run = _Passes.run
     monkeypatch.setattr(_Passes, "run", lambda self, assignment: (ran.append(1), run(self, assignment))[1])
-    model = ReversibleSequential(*[mlp() for _ in range(3)], policy=MemoryBudget(fraction=0.8))
+    model = ReversibleSequential(mlp(), mlp(), policy=MemoryBudget(fraction=0.8))
     x = torch.randn(16, 2 * W)
 
     def planned(x: Tensor) -> bool:
@@ -378,7 +399,7 @@ def test_nothing_to_train_is_no_error() -> None:
 
 
 def test_the_planner_plans_a_budget() -> None:
-    model, x = ReversibleSequential(*[mlp() for _ in range(6)]), torch.randn(64, 2 * W)
+    model, x = ReversibleSequential(*[mlp() for _ in range(4)]), torch.randn(64, 2 * W)
     rows = plan(model, x, policies=[StoreAll(), MemoryBudget(fraction=0.7), Reverse()]).rows
     assert rows[0].peak > rows[1].peak > rows[2].peak
     assert rows[0].work < rows[1].work < rows[2].work

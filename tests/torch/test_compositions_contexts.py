@@ -20,7 +20,9 @@ from revcore_torch.memory import LiveBytes
 from tests.torch.harness import EVERYTHING, WIDTH, block, dropout_block, make_input, train
 from tests.torch.registry import Section
 
-POLICIES = pytest.mark.parametrize("policy", [Reverse(), Reverse(anchor_every=2), Checkpoint()], ids=str)
+POLICIES = pytest.mark.parametrize(
+    "policy", [Reverse(), pytest.param(Reverse(anchor_every=2), marks=pytest.mark.long), Checkpoint()], ids=str
+)
 
 # --- checkpointing ----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
 from tests.torch.harness import EVERYTHING, block, dropout_block, make_input, norm
 from tests.torch.registry import Section
 
-POLICIES = pytest.mark.parametrize("policy", [Reverse(), Reverse(anchor_every=2), Checkpoint()], ids=str)
+POLICIES = pytest.mark.parametrize(
+    "policy", [Reverse(), pytest.param(Reverse(anchor_every=2), marks=pytest.mark.long), Checkpoint()], ids=str
+)
 
 # --- threads ----------------------------------------------------------------------------------------------------------
 

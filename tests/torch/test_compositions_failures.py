@@ -17,7 +17,9 @@ from tests.torch.harness import WIDTH, block, make_input, train
 from tests.torch.registry import Section
 
 failures = Section("Failures")
-POLICIES = pytest.mark.parametrize("policy", [Reverse(), Reverse(anchor_every=1), Checkpoint(2)], ids=str)
+POLICIES = pytest.mark.parametrize(
+    "policy", [Reverse(), pytest.param(Reverse(anchor_every=1), marks=pytest.mark.long), Checkpoint(2)], ids=str
+)
 
 
 class Moody(nn.Module):
@@ -383,7 +385,9 @@ def test_activation_on_self_is_freed(policy):
 
 
 @freed.works("two streams are kept after the forward pass, at any depth")
-@pytest.mark.parametrize("depth", [2, 6, 18])
+@pytest.mark.parametrize(
+    "depth", [pytest.param(2, marks=pytest.mark.long), 6, pytest.param(18, marks=pytest.mark.long)]
+)
 def test_two_streams_are_kept(depth):
     model = ReversibleSequential(*[block() for _ in range(depth)]).double()
     x = make_input()

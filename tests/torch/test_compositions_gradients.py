@@ -96,7 +96,9 @@ def test_backward_twice(model):
 @ask.refuses(
     "backward twice, without `retain_graph`", RuntimeError, "Trying to backward through the graph a second time"
 )
-@pytest.mark.parametrize("policy", [Reverse(), Reverse(anchor_every=1), Checkpoint()], ids=str)
+@pytest.mark.parametrize(
+    "policy", [Reverse(), pytest.param(Reverse(anchor_every=1), marks=pytest.mark.long), Checkpoint()], ids=str
+)
 def test_backward_twice_without_retaining(refused, policy):
     loss = ReversibleSequential(block(), block(), policy=policy).double()(make_input()).pow(2).sum()
     loss.backward()

@@ -371,7 +371,9 @@ def test_optimizer_in_backward_holds_one_layers_gradients(policy):
 
 
 @hooks.refuses("a backward hook raises", KeyError, "told to", note="buffers and random state stay; a retry is clean")
-@pytest.mark.parametrize("policy", [Reverse(), Reverse(anchor_every=1), Checkpoint()], ids=str)
+@pytest.mark.parametrize(
+    "policy", [Reverse(), pytest.param(Reverse(anchor_every=1), marks=pytest.mark.long), Checkpoint()], ids=str
+)
 def test_a_hook_that_raises(refused, policy):
     model = ReversibleSequential(*[nn.Sequential(block(p=0.3), nn.BatchNorm1d(WIDTH)) for _ in range(3)]).double()
     model.policy = policy

@@ -42,9 +42,12 @@ def never_warned(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cells() -> list[benchmark.Cell]:
-    return [benchmark.measure(*cell) for cell in product(benchmark.COUPLINGS, benchmark.DTYPES, (8, 32))]
+@pytest.fixture(
+    scope="module", params=[(8,), pytest.param((8, 32), marks=pytest.mark.long)], ids=["depth 8", "depths 8, 32"]
+)
+def cells(request: pytest.FixtureRequest) -> list[benchmark.Cell]:
+    depths: tuple[int, ...] = request.param
+    return [benchmark.measure(*cell) for cell in product(benchmark.COUPLINGS, benchmark.DTYPES, depths)]
 
 
 def test_predictions_hold(cells: list[benchmark.Cell]) -> None:
