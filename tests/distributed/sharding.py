@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revcore_torch import is_recomputing
@@ -28,6 +26,8 @@ def line() -> DeviceMesh:
 
 def shard(model: Any, each: bool = True, root: dict[str, Any] | None = None, **settings: Any) -> Any:
     """Hand the network to FSDP2: each block by itself (or not), and what is left as one. ``root`` may differ."""
+    from torch.distributed.fsdp import fully_shard
+
     settings = {"mesh": line(), **settings}
     if each:
         for block in dict.fromkeys(model.blocks):
@@ -37,6 +37,8 @@ def shard(model: Any, each: bool = True, root: dict[str, Any] | None = None, **s
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the whole of what ranks hold in parts; every rank must ask."""
+    from torch.distributed.tensor import DTensor
+
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().clone()
@@ -86,6 +88,8 @@ class _Collectives(TorchDispatchMode):
         self.log = log
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from torch.distributed.tensor import DTensor
+
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # first what it makes of the operation
         if (word := self.words.get(func._schema.name)) is not None:

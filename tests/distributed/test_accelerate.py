@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from revcore import SpecError
@@ -31,10 +31,15 @@ from tests.distributed.networks import (
 from tests.distributed.ranks import TRAINERS, Cases, Outcomes, shared_folder
 from tests.distributed.sharding import VIEW, wholes
 
-pytest.importorskip("accelerate")
+if TYPE_CHECKING or __name__ == "__main__":
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
+if find_spec("accelerate") is None:
+    pytest.skip("Accelerate is not installed", allow_module_level=True)
+
+if TYPE_CHECKING or __name__ == "__main__":
+    from torch.distributed.tensor import DTensor
 
 CASES = Cases(world=2, imports=TRAINERS, leaves=("$ACCELERATE_", "$FSDP_"))
 

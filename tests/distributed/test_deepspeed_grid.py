@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,7 +24,8 @@ from tests.distributed.pipelines import (
 )
 from tests.distributed.ranks import DEEPSPEED, Cases, Outcomes
 
-pytest.importorskip("deepspeed")
+if find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 CASES = Cases(world=4, environment=ENVIRONMENT, imports=DEEPSPEED, leaves=LEAVES)
 DATA = batches(rows=8)  # two micro-batches for each pipeline

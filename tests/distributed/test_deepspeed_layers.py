@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from revcore_torch import ReversibleSequential
 from tests.distributed.networks import MLP, VOCABULARY, WIDTH
 from tests.distributed.pipelines import additive
 
-pytest.importorskip("deepspeed")
+if find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 
 def sequential(*modules: nn.Module) -> nn.Sequential:

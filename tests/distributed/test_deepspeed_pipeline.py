@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -47,7 +48,8 @@ from tests.distributed.pipelines import (
 )
 from tests.distributed.ranks import DEEPSPEED, Cases, Outcomes
 
-pytest.importorskip("deepspeed")
+if find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 CASES = Cases(world=2, environment=ENVIRONMENT, imports=DEEPSPEED, leaves=LEAVES)
 DATA = batches()  # of two micro-batches each

@@ -5,15 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 import revcore
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
@@ -34,6 +30,12 @@ from tests.distributed.networks import (
 from tests.distributed.ranks import TRAINERS, Cases, Outcomes, shared_folder
 from tests.distributed.sharding import VIEW, line, shard, train, wholes
 
+if TYPE_CHECKING or __name__ == "__main__":
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
+    from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
 CASES = Cases(world=2, imports=TRAINERS)
 
 Change = Callable[[Any], None]
@@ -42,7 +44,7 @@ Change = Callable[[Any], None]
 def equals_one_process(
     name: str, change: Change = lambda _: None, each: bool = True, tied: bool = False, after: Change = lambda _: None,
     clip: float | None = None, parts: int = 1, keep: bool = False, network: dict[str, Any] | None = None,
-    **settings: Any,
+    offload: bool = False,     **settings: Any,
 ) -> None:  # fmt: skip
     """Add a case: ``change`` is done to both networks, ``after`` to the sharded one."""
 
@@ -51,7 +53,7 @@ def equals_one_process(
         for net in (alone, model):
             change(net.double())
         losses = train(alone, batches(), clip=clip)
-        shard(model, each, **settings)
+        shard(model, each, **settings | ({"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}))
         after(model)
         train(model, batches(), rank, world, clip=clip, parts=parts, keep=keep)
         assert losses[0] != losses[-1]
@@ -64,7 +66,7 @@ equals_one_process("each block")
 equals_one_process("each block, not resharded after the forward pass", reshard_after_forward=False)
 equals_one_process("the root alone", each=False)
 equals_one_process("the root alone, resharded after the forward pass", each=False, reshard_after_forward=True)
-equals_one_process("parameters offloaded to the CPU", offload_policy=CPUOffloadPolicy(pin_memory=False))
+equals_one_process("parameters offloaded to the CPU", offload=True)
 equals_one_process("the head is the embedding", tied=True)
 equals_one_process("two passes a step", parts=2)
 equals_one_process("two passes a step, not resharded between them", parts=2, keep=True, reshard_after_forward=False)

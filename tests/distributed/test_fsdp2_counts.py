@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import revcore
@@ -20,6 +18,10 @@ from revcore_torch.memory import LiveBytes
 from tests.distributed.networks import Plain, Transformer, assert_close, batches, distance, loss_of, part_of
 from tests.distributed.ranks import TRAINERS, Cases, Outcomes
 from tests.distributed.sharding import VIEW, events, gradients, shard
+
+if TYPE_CHECKING or __name__ == "__main__":
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.tensor import DTensor
 
 CASES = Cases(world=2, imports=TRAINERS)
 DEPTH = 4

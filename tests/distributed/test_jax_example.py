@@ -14,7 +14,6 @@ import pytest
 
 jax = pytest.importorskip("jax")
 pytest.importorskip("optax")
-pytest.importorskip("orbax.checkpoint")
 
 from typer.testing import CliRunner  # noqa: E402
 

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-)
 
 from revcore import Additive, Momentum
 from revcore_torch import Reverse, StoreAll
@@ -29,6 +22,9 @@ from tests.distributed.networks import (
     with_lora,
 )
 from tests.distributed.ranks import TRAINERS, Cases, Outcomes
+
+if TYPE_CHECKING or __name__ == "__main__":
+    from torch.distributed import pipelining
 
 CASES = Cases(world=2, imports=TRAINERS)
 DEPTH, MICRO_BATCHES = 5, 4
@@ -45,11 +41,11 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def train(model: Any, cut: int, rank: int, world: int, schedule: Any = Schedule1F1B) -> list[float]:
+def train(model: Any, cut: int, rank: int, world: int, schedule: str = "Schedule1F1B") -> list[float]:
     """Train this rank's part of ``model``; return the losses on the last rank."""
     part = stage_of(model, cut, rank)
-    stage = PipelineStage(part, rank, world, next(model.parameters()).device)
-    pipeline, optimizer, found = schedule(stage, MICRO_BATCHES, loss), adamw(part.parameters()), []
+    stage = pipelining.PipelineStage(part, rank, world, next(model.parameters()).device)
+    pipeline, optimizer, found = getattr(pipelining, schedule)(stage, MICRO_BATCHES, loss), adamw(part.parameters()), []
     for batch in batches(rows=8):
         optimizer.zero_grad()
         if rank == 0:
@@ -82,7 +78,7 @@ def tied(model: Any) -> Any:
     return model
 
 
-def same_as_alone(cut: int, schedule: Any = Schedule1F1B, change: Any = lambda model: model, **settings: Any) -> Any:
+def same_as_alone(cut: int, schedule: str = "Schedule1F1B", change: Any = lambda model: model, **settings: Any) -> Any:
     def case(rank: int, world: int) -> None:
         alone = change(Transformer(DEPTH, reversible=False).double())
         expected = train_alone(alone, batches(rows=8))
@@ -97,14 +93,14 @@ def same_as_alone(cut: int, schedule: Any = Schedule1F1B, change: Any = lambda m
 
 for cut in (2, 3):  # an even and an odd number of steps before the cut
     CASES.add(f"1F1B, cut at {cut}", same_as_alone(cut))
-CASES.add("GPipe", same_as_alone(2, ScheduleGPipe))
+CASES.add("GPipe", same_as_alone(2, "ScheduleGPipe"))
 CASES.add("frozen blocks", same_as_alone(2, change=frozen))
 CASES.add("tied weights", same_as_alone(2, change=tied))
 CASES.add("LoRA", same_as_alone(2, change=with_lora))
 CASES.add("anchors", same_as_alone(3, policy=Reverse(anchor_every=2)))
 
 
-def two_stages_a_rank(schedule: Any, **settings: Any) -> Any:
+def two_stages_a_rank(schedule: str, **settings: Any) -> Any:
     """Return a case: the first rank has the first and the third of four stages; the last has two blocks."""
 
     def case(rank: int, world: int) -> None:
@@ -114,8 +110,8 @@ def two_stages_a_rank(schedule: Any, **settings: Any) -> Any:
         cuts = [model.blocks[:1], model.blocks[1:2], model.blocks[2:3], model.blocks[3:]]
         parts = [nn.Sequential(model.embedding, cuts[0]), *cuts[1:3], nn.Sequential(cuts[3], model.norm, model.head)]
         device = next(model.parameters()).device
-        stages = [PipelineStage(parts[i], i, 2 * world, device) for i in (rank, rank + world)]
-        pipeline, optimizer = schedule(stages, MICRO_BATCHES, loss), adamw(model.parameters())
+        stages = [pipelining.PipelineStage(parts[i], i, 2 * world, device) for i in (rank, rank + world)]
+        pipeline, optimizer = getattr(pipelining, schedule)(stages, MICRO_BATCHES, loss), adamw(model.parameters())
         for batch in batches(rows=8):
             optimizer.zero_grad()
             if rank == 0:
@@ -131,8 +127,8 @@ def two_stages_a_rank(schedule: Any, **settings: Any) -> Any:
     return case
 
 
-CASES.add("interleaved 1F1B", two_stages_a_rank(ScheduleInterleaved1F1B))
-CASES.add("zero bubble, StoreAll", two_stages_a_rank(ScheduleInterleavedZeroBubble, policy=StoreAll()))
+CASES.add("interleaved 1F1B", two_stages_a_rank("ScheduleInterleaved1F1B"))
+CASES.add("zero bubble, StoreAll", two_stages_a_rank("ScheduleInterleavedZeroBubble", policy=StoreAll()))
 
 
 @CASES

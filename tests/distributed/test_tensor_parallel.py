@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
 
 from revcore.errors import InversionError
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential
@@ -36,6 +29,15 @@ from tests.distributed.networks import (
 )
 from tests.distributed.ranks import Cases, Outcomes, init_gloo
 from tests.distributed.sharding import VIEW, events, gradients, shard, train, whole, wholes
+
+if TYPE_CHECKING or __name__ == "__main__":
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
 
 CASES = Cases(world=4)
 DEPTH = 4

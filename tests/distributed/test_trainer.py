@@ -3,111 +3,43 @@ GPT-2; its own checkpoints, and a rank that is killed."""
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from revcore_torch import StoreAll
 from tests.distributed.held import Held
 from tests.distributed.networks import (
-    CLIP,
     Transformer,
-    adamw,
     assert_close,
     batches,
     clipped,
-    loss_of,
     train_alone,
     values_of,
 )
 from tests.distributed.ranks import TRAINERS, Cases, Outcomes, Ranks, shared_folder
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+if TYPE_CHECKING or __name__ == "__main__":
+    import transformers
+    from safetensors.torch import load_file
 
-import transformers
-from safetensors.torch import load_file
+    from revcore_torch.hf import make_reversible, stacks
+    from tests.distributed.trainer_parts import Dies, Task, as_inputs, gpt2, train
+    from tests.hf.models import by_hand
 
-from revcore_torch.hf import make_reversible, stacks
-from tests.hf.models import by_hand, make
+if find_spec("transformers") is None or find_spec("accelerate") is None:
+    pytest.skip("transformers and accelerate are not installed", allow_module_level=True)
 
 CASES = Cases(world=2, imports=TRAINERS)
 
 warnings.filterwarnings("ignore", ".*pin_memory")  # PyTorch's loader, on a machine without an accelerator
 warnings.filterwarnings("ignore", ".*no accelerator is found")
-
-
-class Task(nn.Module):
-    """A transformer that returns its loss; ``losses`` are those of this rank's rows, in training."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__()
-        self.model = Transformer(**settings)
-        self.losses: list[float] = []
-
-    def forward(self, tokens: Tensor, return_loss: bool = True) -> dict[str, Tensor]:
-        loss = loss_of(self.model, tokens)
-        if self.training:
-            self.losses.append(loss.item())
-        return {"loss": loss}
-
-
-class InOrder(transformers.Trainer):
-    """Rows come in their order."""
-
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
-
-
-class Dies(transformers.TrainerCallback):
-    """Rank 1 is gone when it has the gradients of step 7."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.process_index == 1 and state.global_step == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def as_tokens(rows: Tensor) -> dict[str, Tensor]:
-    return {"tokens": rows}
-
-
-def as_inputs(rows: Tensor) -> dict[str, Tensor]:
-    return {"input_ids": rows, "labels": rows}
-
-
-def train(
-    model: Any,
-    folder: Path,
-    steps: int = 5,
-    resume: bool | str = False,
-    callbacks: Sequence[Any] = (),
-    collate: Any = as_tokens,
-    **settings: Any,
-) -> transformers.Trainer:
-    """Train for steps of two batches of one row a rank."""
-    settings = {"save_strategy": "no", "disable_tqdm": True, "report_to": [], **settings}
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=2,
-        max_grad_norm=CLIP, lr_scheduler_type="constant", use_cpu=True, **settings,
-    )  # fmt: skip
-    rows = torch.cat(batches(steps=max(steps, 5)))
-    trainer = InOrder(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:4], callbacks=[*callbacks],  # type: ignore[arg-type]
-        data_collator=lambda items: collate(torch.stack(items)), optimizers=(adamw(model.parameters()), None),
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=resume)
-    assert trainer.state.global_step == steps
-    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
-    return trainer
 
 
 @CASES
@@ -162,14 +94,6 @@ def the_best_is_loaded_at_the_end(rank: int, world: int) -> None:
     assert best.name == f"checkpoint-{1 + found.index(min(found))}"
     stored = load_file(best / "model.safetensors")
     assert_close(values_of(task), stored, tolerance=0.0)
-
-
-def gpt2() -> Any:
-    model = make("gpt2", depth=2)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 @CASES

@@ -6,6 +6,7 @@ import importlib
 import re
 import signal
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("sklearn")
+if find_spec("sklearn") is None:
+    pytest.skip("scikit-learn is not installed", allow_module_level=True)
 
 from torch import Tensor, nn  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402

@@ -8,10 +8,6 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-pytest.importorskip("peft")
-
-import peft
 import torch
 import transformers
 
@@ -53,6 +49,7 @@ def trained(policy: Any, folder: Path, steps: int, resume: bool = False) -> dict
 # PyTorch's loader and Trainer, of themselves on a machine without an accelerator
 @pytest.mark.filterwarnings("ignore:.*pin_memory", "ignore:.*no accelerator is found")
 def test_the_trainer_trains_and_resumes(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
     expected = trained(StoreAll(), tmp_path / "a", 4)
     found = trained(Reverse(), tmp_path / "b", 4)
     assert tree_error(found, expected) < 1e-4
@@ -64,6 +61,7 @@ def test_the_trainer_trains_and_resumes(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
 @pytest.mark.parametrize("first", ["reversible", "adapted"])
 def test_lora_trains_its_adapters_alone(first: str) -> None:
+    peft = pytest.importorskip("peft")
     options = {"r": 2, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     found = []
     for policy in (Reverse(), StoreAll()):
