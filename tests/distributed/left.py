@@ -38,7 +38,8 @@ def global_state() -> dict[str, Any]:
     return state
 
 
-_SET_BY_IMPORTS = ("TORCHINDUCTOR_", "TRITON_", "KMP_", "CUDA_", "PYTEST_")  # which may come late, whoever they are for
+# by imports which may come late, whoever they are for
+_SET_BY_IMPORTS = ("TORCHINDUCTOR_", "TRITON_", "KMP_", "CUDA_", "PYTORCH_NVML_", "PYTEST_")
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",

@@ -34,12 +34,10 @@ from tests.distributed.sharding import VIEW, wholes
 if TYPE_CHECKING or __name__ == "__main__":
     from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState, PartialState
+    from torch.distributed.tensor import DTensor
 
 if find_spec("accelerate") is None:
     pytest.skip("Accelerate is not installed", allow_module_level=True)
-
-if TYPE_CHECKING or __name__ == "__main__":
-    from torch.distributed.tensor import DTensor
 
 CASES = Cases(world=2, imports=TRAINERS, leaves=("$ACCELERATE_", "$FSDP_"))
 

@@ -44,7 +44,7 @@ Change = Callable[[Any], None]
 def equals_one_process(
     name: str, change: Change = lambda _: None, each: bool = True, tied: bool = False, after: Change = lambda _: None,
     clip: float | None = None, parts: int = 1, keep: bool = False, network: dict[str, Any] | None = None,
-    offload: bool = False,     **settings: Any,
+    offload: bool = False, **settings: Any,
 ) -> None:  # fmt: skip
     """Add a case: ``change`` is done to both networks, ``after`` to the sharded one."""
 
@@ -53,7 +53,8 @@ def equals_one_process(
         for net in (alone, model):
             change(net.double())
         losses = train(alone, batches(), clip=clip)
-        shard(model, each, **settings | ({"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}))
+        more: dict[str, Any] = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
+        shard(model, each, **settings, **more)
         after(model)
         train(model, batches(), rank, world, clip=clip, parts=parts, keep=keep)
         assert losses[0] != losses[-1]

@@ -246,7 +246,7 @@ def check_stopped(folder: Path, name: str) -> None:
 def test_a_signal_leaves_a_checkpoint_that_resumes(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, console = Corpus.batch, silent()
+    batch, console, many = Corpus.batch, silent(), {**OPTIONS, "steps": 1_000_000}
 
     def signalled(self: Corpus, step: int) -> np.ndarray:
         if step == 3:
@@ -255,7 +255,7 @@ def test_a_signal_leaves_a_checkpoint_that_resumes(
 
     with monkeypatch.context() as patch:
         patch.setattr(Corpus, "batch", signalled)
-        code = demo(("torch", "jax"), tmp_path, text=WORK, console=console, **OPTIONS | {"steps": 1_000_000})
+        code = demo(("torch", "jax"), tmp_path, text=WORK, console=console, **many)
     assert code == run_module.INTERRUPTED
     assert "Stopped PyTorch after step 4 of 1000000." in output(console)
     assert "--resume" in output(console)
