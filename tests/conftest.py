@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
 import sys
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -106,3 +108,40 @@ def one_thread() -> None:
     except ImportError:
         return
     torch.set_num_threads(1)
+
+
+# --- XLA's optimizations off: for small programs that run a few times they take longer than they save ----------------
+
+
+@contextlib.contextmanager
+def compiling_quickly() -> Iterator[None]:
+    jax = pytest.importorskip("jax")
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def quick_compilation() -> Iterator[None]:
+    """For tests that do not depend on what XLA makes of two runs of a block."""
+    with compiling_quickly():
+        yield
+
+
+@pytest.fixture(scope="module")
+def quickly_compiled_module() -> Iterator[None]:
+    """The same for all tests of a module, and for what they share."""
+    with compiling_quickly():
+        yield
+
+
+@pytest.fixture
+def x64(quick_compilation: None) -> Iterator[None]:
+    """JAX's float64."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield

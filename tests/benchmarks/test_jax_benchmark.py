@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ from tests.tiers import product
 TOYS = workloads(quick=True)
 DEPTH = 2
 WAYS = {way.name: way for way in ways(anchor_every=DEPTH)}
-
-
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """XLA's optimizations off: they take longer than they save here."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 # A way and a workload do not meet: a way takes any blocks, and a workload that one way can run, all can.

@@ -53,8 +53,9 @@ def equals_one_process(
         for net in (alone, model):
             change(net.double())
         losses = train(alone, batches(), clip=clip)
-        more: dict[str, Any] = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if offload else {}
-        shard(model, each, **settings, **more)
+        if offload:
+            settings["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+        shard(model, each, **settings)
         after(model)
         train(model, batches(), rank, world, clip=clip, parts=parts, keep=keep)
         assert losses[0] != losses[-1]

@@ -30,7 +30,7 @@ from revcore import SpecError  # noqa: E402
 from revcore.parity import EPS  # noqa: E402
 from tests.tiers import product  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quickly_compiled_module")
 LEARNERS: dict[str, Any] = {"nnx": flax_nnx.Learner, "linen": flax_linen.Learner}
 
 

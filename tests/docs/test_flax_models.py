@@ -28,7 +28,7 @@ from examples.flax_hf_command import app
 from revcore import Repeat, Reverse, SpecError, StoreAll, momentum_net
 from revcore_torch.hf import make_reversible, stacks
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quickly_compiled_module")
 DECODER, VIT = flax_decoder.PORT, flax_vit.PORT
 
 

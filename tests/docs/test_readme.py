@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quickly_compiled_module")
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/jax.md", "docs/migration.md", "docs/numerics.md")  # each block is complete, to be copied
 # Read from the top: a block has the names of those above.

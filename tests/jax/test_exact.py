@@ -105,7 +105,7 @@ POLICIES = Reverse(anchor_every=6, keep_last=4), Checkpoint(4), DOTS
 
 
 @pytest.mark.parametrize("policy", product(POLICIES, fast=lambda policy: isinstance(policy, Reverse), name=name_of))
-def test_every_policy(policy: Any, quick: None) -> None:
+def test_every_policy(policy: Any, quick_compilation: None) -> None:
     program = repeated("momentum", 8, guard=1)
     args = given(program)
     want = jax.jit(gradient(program, StoreAll()))(*args)
@@ -113,7 +113,7 @@ def test_every_policy(policy: Any, quick: None) -> None:
 
 
 @pytest.mark.parametrize("how", ["eager", pytest.param("disable_jit", marks=pytest.mark.long)])
-def test_without_jit(how: str, quick: None) -> None:
+def test_without_jit(how: str, quick_compilation: None) -> None:
     program = repeated("momentum_net", 1, guard=1)
     args = given(program)
     want = jax.jit(gradient(program, StoreAll()))(*args)
@@ -125,7 +125,7 @@ def test_without_jit(how: str, quick: None) -> None:
     "program",
     [pytest.param(bdia(4), id="bdia", marks=pytest.mark.long), pytest.param(repeated("momentum", 2), id="momentum")],
 )
-def test_check_inverse_finds_nothing(program: Program, quick: None) -> None:
+def test_check_inverse_finds_nothing(program: Program, quick_compilation: None) -> None:
     report = check_inverse(program, [block] * program.num_slots, *given(program))
     assert report.worst == 0.0
     ordinary = Program(KINDS["momentum"] * 4)
@@ -178,14 +178,14 @@ def noise(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda p, x: block(p, x)
 
 
-def test_guard_bits_make_noise_good(noise: Any, quick: None) -> None:
+def test_guard_bits_make_noise_good(noise: Any, quick_compilation: None) -> None:
     program = repeated("momentum", 64, bits=18, guard=1)
     args = given(program)
     got = jax.jit(gradient(program, Reverse(), noise))(*args)
     assert_equal(got, jax.jit(gradient(program, StoreAll()))(*args), program)
 
 
-def test_noise_without_guard_bits(noise: Any, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_noise_without_guard_bits(noise: Any, quick_compilation: None, monkeypatch: pytest.MonkeyPatch) -> None:
     program = repeated("momentum", 64, bits=18)
     args = given(program)
     words = r"step \d+: the stream that was rebuilt is not the one that was there.*program\.exact\(guard=1\)"
@@ -199,7 +199,7 @@ def test_noise_without_guard_bits(noise: Any, quick: None, monkeypatch: pytest.M
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(grads))  # whoever catches the error has nothing
 
 
-def test_noise_is_told_of_the_step_that_it_was_in(noise: Any, quick: None) -> None:
+def test_noise_is_told_of_the_step_that_it_was_in(noise: Any, quick_compilation: None) -> None:
     program = repeated("additive", 2, bits=18)
     params, streams = given(program)
     params[0]["v"] *= 0  # noise around nothing is far below the lattice
@@ -209,7 +209,7 @@ def test_noise_is_told_of_the_step_that_it_was_in(noise: Any, quick: None) -> No
 
 
 @pytest.mark.long
-def test_noise_that_nobody_looks_for(noise: Any, quick: None) -> None:
+def test_noise_that_nobody_looks_for(noise: Any, quick_compilation: None) -> None:
     """Why there are checksums: the gradients are wrong, and look well."""
     program = repeated("bdia", 20, bits=18, checksum=False)  # whose inverse doubles an error in each step
     args = given(program)
@@ -247,7 +247,7 @@ ERRORS = (InversionError, JaxRuntimeError)
 
 
 @pytest.mark.parametrize("place", product(PLACES, fast=lambda p: p in ("eager", "grad under jit", "vmap")))
-def test_leaving_the_range_raises(place: str, quick: None) -> None:
+def test_leaving_the_range_raises(place: str, quick_compilation: None) -> None:
     run = PLACES[place](partial(tall, Reverse()))
     fine = jnp.full(4, 0.5), jnp.ones(3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(run(*fine)))
@@ -257,20 +257,20 @@ def test_leaving_the_range_raises(place: str, quick: None) -> None:
         jax.block_until_ready(run(jnp.asarray([500.0, 0.5, 0.5, 0.5]), jnp.ones(3)))
 
 
-def test_whoever_catches_the_error_has_no_values(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_catches_the_error_has_no_values(quick_compilation: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "_raise_where", lambda *_: None)
     w = jnp.asarray([500.0, 0.5, 0.5, 0.5])
     assert np.isnan(tall(Reverse(), w, jnp.ones(3)))
 
 
 @pytest.mark.parametrize("policy", product([StoreAll(), Checkpoint(2), DOTS], fast=lambda p: p != DOTS, name=name_of))
-def test_under_every_policy(policy: Any, quick: None) -> None:
+def test_under_every_policy(policy: Any, quick_compilation: None) -> None:
     run = jax.jit(jax.grad(partial(tall, policy)))
     with pytest.raises(JaxRuntimeError, match="step 1 took a stream out of the exact range"):
         jax.block_until_ready(run(jnp.asarray([500.0, 0.5, 0.5, 0.5]), jnp.ones(3)))
 
 
-def test_the_input_and_no_numbers(quick: None) -> None:
+def test_the_input_and_no_numbers(quick_compilation: None) -> None:
     w = jnp.full(4, 0.5)
     with pytest.raises(InversionError, match=r"the input took a stream out of the exact range: .* value is 5000"):
         tall(Reverse(), w, jnp.full(3, 5000.0))
@@ -312,7 +312,7 @@ def test_each_step_waits_for_the_one_before() -> None:
 # --- where programs run -----------------------------------------------------------------------------------------------
 
 
-def test_second_derivatives(quick: None) -> None:
+def test_second_derivatives(quick_compilation: None) -> None:
     """Reverse over reverse and forward over reverse, against the same network without any rounding."""
     program = repeated("momentum", 2, guard=1)
     params, streams = given(program)
@@ -333,7 +333,7 @@ def test_second_derivatives(quick: None) -> None:
     assert tree_error(stored, ordinary) < 1e-3  # streams are rounded to 2⁻¹², derivatives are not
 
 
-def test_vmap(quick: None) -> None:
+def test_vmap(quick_compilation: None) -> None:
     program = repeated("bdia", 2, guard=1)
     params, streams = given(program)
 
@@ -346,7 +346,7 @@ def test_vmap(quick: None) -> None:
     assert_close(rows(Reverse()), rows(StoreAll()), dtype="float32", limit=16 * 4**0.5)
 
 
-def test_anchors_and_bijections(quick: None) -> None:
+def test_anchors_and_bijections(quick_compilation: None) -> None:
     """What an anchor makes is put on the lattice; its derivative is its block's."""
     steps = [
         Couple(0, 1, Momentum(0.9)),
@@ -388,7 +388,7 @@ def test_anchors_and_bijections(quick: None) -> None:
         np.testing.assert_array_equal(x, Lattice(12).round(x))
 
 
-def test_bfloat16_blocks_and_keys(quick: None) -> None:
+def test_bfloat16_blocks_and_keys(quick_compilation: None) -> None:
     program = repeated("momentum", 4, guard=1)
     params, streams = jax.tree.map(lambda a: a.astype(jnp.bfloat16), given(program))
     keys = [((jax.random.split(jax.random.key(i, impl="rbg"), 4),), {}) for i in range(2)]
@@ -414,7 +414,7 @@ def test_bfloat16_blocks_and_keys(quick: None) -> None:
     assert_close(got[0], want[0], dtype="bfloat16", limit=1)
 
 
-def test_nnx_module(quick: None) -> None:
+def test_nnx_module(quick_compilation: None) -> None:
     program = Program(KINDS["momentum"]).exact(guard=1)
     layers = [nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(i)), nnx.Dropout(0.5, rngs=nnx.Rngs(i))) for i in range(2)]
     x = jnp.asarray(np.random.default_rng(0).standard_normal((ROWS, 8)), jnp.float32)
@@ -431,7 +431,7 @@ def test_nnx_module(quick: None) -> None:
     assert_close(run(Reverse()), run(StoreAll()), dtype="float32", limit=16 * 2**0.5)
 
 
-def test_linen_module(quick: None) -> None:
+def test_linen_module(quick_compilation: None) -> None:
     program = Program(KINDS["momentum"]).exact(guard=1)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((ROWS, 8)), jnp.float32)
 

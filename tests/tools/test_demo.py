@@ -25,7 +25,7 @@ from revcore.demo.run import NEXT_LOSS_TOLERANCE, start
 from revcore.demo.text import Corpus
 from revcore.policy import Reverse
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quickly_compiled_module")
 OPTIONS: dict[str, Any] = {"depth": 4, "steps": 6, "width": 16, "context": 16, "batch": 2}
 CONFIG = Config(**OPTIONS)
 TEXT = b"The quick brown fox jumps over the lazy dog.\nHow vexingly quick daft zebras jump!\n" * 20
@@ -246,7 +246,8 @@ def check_stopped(folder: Path, name: str) -> None:
 def test_a_signal_leaves_a_checkpoint_that_resumes(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch, console, many = Corpus.batch, silent(), {**OPTIONS, "steps": 1_000_000}
+    batch, console = Corpus.batch, silent()
+    many: Any = {**OPTIONS, "steps": 1_000_000}
 
     def signalled(self: Corpus, step: int) -> np.ndarray:
         if step == 3:

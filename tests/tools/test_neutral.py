@@ -29,7 +29,7 @@ import revcore  # noqa: E402
 from revcore_jax import neutral as jax_neutral  # noqa: E402
 from revcore_torch import neutral as torch_neutral  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quickly_compiled_module")
 
 
 def test_names_are_torchs_in_every_library() -> None:

@@ -22,7 +22,7 @@ from revcore.weights import load, save  # noqa: E402
 from revcore_jax import neutral as jax_neutral  # noqa: E402
 from revcore_torch import neutral as torch_neutral  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quickly_compiled_module")
 
 
 # Each of these fails with one of the others: another rank of the same convolution, a parameter less

@@ -31,7 +31,7 @@ from revcore import Anchor, Chain, Couple, Momentum, Program, Repeat, weights  #
 from revcore.named import load_function  # noqa: E402
 from revcore.parity import Parting, Record, Report, Stage, compare  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quickly_compiled_module")
 DEPTH = 6
 X = np.random.default_rng(0).standard_normal((2, 8))
 

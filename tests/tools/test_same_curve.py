@@ -25,7 +25,7 @@ from revcore_jax import nnx as reversible_nnx  # noqa: E402
 from revcore_torch import ReversibleSequential  # noqa: E402
 from revcore_torch import neutral as torch_neutral  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quickly_compiled_module")
 DEPTH, CHANNELS, RATE, MOMENTUM = 4, 8, 0.05, 0.9
 COUPLINGS = (Additive(), Momentum(0.9))
 TOLERANCE = 1e-5
@@ -174,7 +174,7 @@ def batches(request: pytest.FixtureRequest) -> Batches:
 
 
 @pytest.fixture(scope="module")
-def curves(weights: dict[str, np.ndarray], batches: Batches, quick_compilation: None) -> dict[str, Curve]:
+def curves(weights: dict[str, np.ndarray], batches: Batches, quickly_compiled_module: None) -> dict[str, Curve]:
     return {
         "torch": trained_by_torch(weights, batches),
         "nnx": trained_by_nnx(weights, batches),
