@@ -2,9 +2,8 @@
 
 PYTHON      ?= python3
 EXTRAS      ?= torch,jax,demo,dev
-# A file's tests stay in one worker, which keeps what it compiled; three workers fill two cores, as many tests wait for
-# processes of their own.
-PYTEST_ARGS ?= -n 3 --dist loadfile --no-loadscope-reorder
+# A file's tests stay in one worker, which keeps what it compiled.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 ARGS        ?=
 ENGINE      ?= torch
 SHARE       ?= 0/1
@@ -24,7 +23,7 @@ READY := $(VENV)/.ready-$(EXTRAS)
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 	@echo
-	@echo "Settings: PYTHON=python3.12  PYTEST_ARGS='-n 3 -k NAME'  ARGS='--steps 10' (demo)  EXTRAS=torch,dev"
+	@echo "Settings: PYTHON=python3.12  PYTEST_ARGS='-n 2 -k NAME'  ARGS='--steps 10' (demo)  EXTRAS=torch,dev"
 	@echo "          SYSTEM_SITE_PACKAGES=1 (test with the packages that PYTHON has, unpinned and offline if need be)"
 
 $(READY): pyproject.toml constraints.txt scripts/bootstrap.py

@@ -24,8 +24,13 @@ from tests.conformance.cases import STRUCTURES, Case, case_of, plain
 ROOT = Path(__file__).parent.parent.parent
 
 
+# On the CPU other tests show the same: the rehearsal is of the suite itself, and in the long tier.
 @pytest.fixture(
-    params=[pytest.param("gpu", marks=pytest.mark.gpu), pytest.param("cpu", id="rehearsal")], scope="module"
+    params=[
+        pytest.param("gpu", marks=pytest.mark.gpu),
+        pytest.param("cpu", id="rehearsal", marks=pytest.mark.long),
+    ],
+    scope="module",
 )
 def card(request: pytest.FixtureRequest) -> Card:
     """A GPU, and the CPU to rehearse on."""
@@ -67,7 +72,11 @@ def test_torch_and_jax_on_one_card(precision: Precision, case: Case, record_prop
     check_case(usable(Card("gpu")), case, precision, record_property)
 
 
-@pytest.mark.parametrize(("precision", "case"), REHEARSED, ids=str)
+@pytest.mark.parametrize(
+    ("precision", "case"),
+    [pytest.param(*pair, marks=() if pair[0] is FLOAT32 else pytest.mark.long) for pair in REHEARSED],
+    ids=str,
+)
 def test_rehearsal_of_torch_and_jax_on_one_card(precision: Precision, case: Case, record_property: Any) -> None:
     check_case(usable(Card("cpu")), case, precision, record_property)
 
