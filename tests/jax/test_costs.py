@@ -256,7 +256,7 @@ class ForwardAsAdjoint(Momentum):
         return self.forward(gy, f), (1 - self.beta) * gy
 
 
-def test_a_wrong_adjoint_is_noticed(quick: None) -> None:
+def test_a_wrong_adjoint_is_noticed(quick_compilation: None) -> None:
     def grads(coupling: Any, policy: Any) -> Any:
         def loss(params: Any) -> Any:
             streams = jnp.ones((3, D)), jnp.ones((3, D))

@@ -98,7 +98,7 @@ def test_functions_of_jax_alone_are_predicted_under_jit() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::revcore.DriftWarning")
-def test_the_warning_changes_no_gradient(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_warning_changes_no_gradient(quick_compilation: None, monkeypatch: pytest.MonkeyPatch) -> None:
     program = revnet(2)
     blocks, params, streams = arguments(program)
 
@@ -126,7 +126,7 @@ def test_the_warning_changes_no_gradient(quick: None, monkeypatch: pytest.Monkey
         pytest.param(Program([Couple(0, 1), Anchor(), Couple(1, 0), Couple(0, 1)]), id="anchor"),
     ],
 )
-def test_the_probe_tells_what_check_inverse_does(program: Program, quick: None) -> None:
+def test_the_probe_tells_what_check_inverse_does(program: Program, quick_compilation: None) -> None:
     blocks, params, streams = arguments(program)
     for i, step in enumerate(s for s in program.unrolled if s.block):
         if isinstance(step, Anchor):
@@ -142,7 +142,7 @@ def test_the_probe_tells_what_check_inverse_does(program: Program, quick: None) 
     np.testing.assert_allclose(few.reconstruction, whole.reconstruction, rtol=0.3)
 
 
-def test_only_every_nth_step_is_measured(quick: None) -> None:
+def test_only_every_nth_step_is_measured(quick_compilation: None) -> None:
     program = revnet(2)
     given = arguments(program)
     probe = DriftProbe(program, every=3)
@@ -150,7 +150,7 @@ def test_only_every_nth_step_is_measured(quick: None) -> None:
     assert [at for at, _ in probe.history] == [0, 3]
 
 
-def test_the_picture(quick: None, tmp_path: Path) -> None:
+def test_the_picture(quick_compilation: None, tmp_path: Path) -> None:
     program = revnet(2)
     probe = DriftProbe(program)
     with pytest.raises(SpecError, match="nothing was measured yet, in 0 training steps"):
