@@ -214,19 +214,21 @@ class Ranks:
             while process.poll() is None and log.stat().st_size == size and time.monotonic() < end:
                 time.sleep(0.02)
 
-    def wait(self, limit: float = LIMIT, progress: Callable[[], object] = lambda: None) -> list[int]:
+    def wait(
+        self, limit: Callable[[], float] = lambda: LIMIT, progress: Callable[[], object] = lambda: None
+    ) -> list[int]:
         """Wait for all, but a few seconds only once one has failed; return their exit codes.
 
         ``limit`` begins anew whenever ``progress`` returns something else. Ranks that do not end in time say where they
         are before they are killed.
         """
-        seen, end = progress(), time.monotonic() + limit
+        seen, end = progress(), time.monotonic() + limit()
         failed = False
         while any(p.poll() is None for p in self.processes):
             if not failed and any(p.poll() not in (None, 0) for p in self.processes):
                 failed, end = True, min(end, time.monotonic() + 5)
             if not failed and (now := progress()) != seen:
-                seen, end = now, time.monotonic() + limit
+                seen, end = now, time.monotonic() + limit()
             if time.monotonic() > end:
                 self.dump()
                 self.kill()
@@ -284,29 +286,30 @@ def read_begun(folder: Path, world: int) -> list[str]:
 class Cases(dict[str, Case]):
     """The cases of one file, by name, and the processes they run in.
 
-    ``imports`` says which template forks the ranks; ``limit`` are the seconds that one case may take. ``leaves`` names
-    what cases here may leave behind (of :func:`left.global_state`), since the engine under test does.
+    ``imports`` says which template forks the ranks. ``leaves`` names what cases here may leave behind (of
+    :func:`left.global_state`), since the engine under test does.
     """
 
     def __init__(
         self,
         world: int = 2,
-        limit: float = LIMIT,
         environment: Mapping[str, str] = {},
         imports: tuple[str, ...] = TORCH,
         leaves: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.world, self.limit, self.environment, self.imports = world, limit, dict(environment), imports
+        self.world, self.environment, self.imports = world, dict(environment), imports
         self.leaves = tuple(leaves)
+        self.limits: dict[str, float] = {}
         self.names: list[Any] = []
         """What ``parametrize`` takes."""
 
     def __call__(self, case: Case) -> Case:
         return self.add(case.__name__.replace("_", " "), case)
 
-    def add(self, name: str, case: Case, long: bool = False) -> Case:
-        """Register a case; a ``long`` one runs in the long tier."""
+    def add(self, name: str, case: Case, long: bool = False, limit: float = LIMIT) -> Case:
+        """Register a case, which may take ``limit`` seconds on the last rank; a ``long`` one runs in the long tier."""
+        self.limits[name] = limit
         assert name not in self, f"two cases are called {name!r}"
         self[name] = case
         self.names.append(pytest.param(name, marks=pytest.mark.long if long else ()))
@@ -326,9 +329,14 @@ class Cases(dict[str, Case]):
                     asked.update([name] if name is not None and name in self else self)  # it may look at any
             wanted = [name for name in self if name in asked]
             start = functools.partial(self.run_in_processes, file, wanted)
-            return Outcomes(once(tmp_path_factory, Path(file).stem, start, 10 * self.limit), self.world)
+            return Outcomes(once(tmp_path_factory, Path(file).stem, start, 10 * LIMIT), self.world)
 
         return outcomes
+
+    def limit_of(self, names: Sequence[str], folder: Path) -> float:
+        """Return the seconds that the last of these cases which all ranks have begun may take."""
+        begun = read_begun(folder, self.world)
+        return next((self.limits[name] for name in reversed(names) if begun.count(name) >= self.world), LIMIT)
 
     def run_in_processes(self, file: str, wanted: Sequence[str], folder: Path) -> None:
         """Run the cases with these names; new processes take over behind one that did not end on every rank."""
@@ -338,7 +346,9 @@ class Cases(dict[str, Case]):
             more = {**self.environment, "REVCORE_CASES": json.dumps(left), "REVCORE_OUTCOMES": str(folder)}
             here = folder / f"processes{len(left)}"
             with Ranks(["-W", "error", file], self.world, here, more, self.imports) as ranks:
-                ranks.wait(self.limit, progress=lambda: read_begun(folder, self.world))
+                ranks.wait(
+                    functools.partial(self.limit_of, left, folder), progress=lambda: read_begun(folder, self.world)
+                )
             ended, begun = read_outcomes(folder, self.world), read_begun(folder, self.world)
             name = next((name for name in left if len(ended.get(name, ())) < self.world), None)
             if name is None:
