@@ -201,7 +201,7 @@ POLICIES = [
 CUTS: dict[str, list[Any]] = {
     "momentum": [Reverse(anchor_every=3, keep_last=2), Reverse(keep_last=100), Checkpoint(100)],
     "nested repeat": [Reverse(anchor_every=2), Reverse(keep_last=1), Reverse(keep_last=5), Checkpoint(3)],
-    "mixed": [Reverse(anchor_every=4), Reverse(anchor_every=3, keep_last=2), POLICIES[9]],
+    "mixed": [Reverse(anchor_every=4), Reverse(anchor_every=3, keep_last=2), POLICIES[7], POLICIES[9]],
     "aux": [POLICIES[7], POLICIES[8], Checkpoint()],
 }
 
@@ -219,9 +219,7 @@ def test_policies_change_no_value(name: str, policy: Any) -> None:
     "policy",
     [
         Reverse(anchor_every=4, offload=True),
-        pytest.param(
-            Reverse(keep_last=2, recompute=jax.checkpoint_policies.dots_saveable, offload=True), marks=pytest.mark.long
-        ),
+        Reverse(keep_last=2, recompute=jax.checkpoint_policies.dots_saveable, offload=True),
         Reverse(recompute=jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host")),
         pytest.param(Checkpoint(2, offload=True), marks=pytest.mark.long),
         Checkpoint(2, recompute=jax.checkpoint_policies.dots_saveable, offload=True),
