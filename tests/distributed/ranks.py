@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -135,7 +136,7 @@ _alive: list[socket.socket] = []  # templates end when nobody is connected to th
 def template_of(modules: tuple[str, ...]) -> Path:
     """Return the socket of a template that has imported these; pytest's workers share it, the first starts it."""
     shared = Path(os.environ.get("REVCORE_TEMPLATES") or tempfile.mkdtemp(prefix="revcore-"))
-    path = shared / f"{abs(hash_of(modules))}.socket"
+    path = shared / f"{zlib.crc32(' '.join(modules).encode())}.socket"
     try:
         path.with_suffix(".started").open("x").close()
     except FileExistsError:
@@ -147,11 +148,6 @@ def template_of(modules: tuple[str, ...]) -> Path:
         start_template(path, modules, {**environment(0, 1, 0), "DS_ACCELERATOR": "cpu"}, ROOT)
     _alive.append(connect(path))
     return path
-
-
-def hash_of(modules: tuple[str, ...]) -> int:
-    """Return the same number in every process."""
-    return int.from_bytes(" ".join(modules).encode()) % 2**61
 
 
 class Ranks:
