@@ -50,7 +50,7 @@ LIMIT = 600.0  # seconds for one case, and for the start: one that hangs is to f
 SKIPPED = "skipped: "  # what went wrong, where a case says that it cannot run here
 ROOT = Path(__file__).resolve().parents[2]
 
-# What a template imports for the ranks that it forks
+# What a template imports for the ranks that it forks, where it is installed
 TORCH = (
     "pytest",
     "rich.console",
@@ -59,18 +59,16 @@ TORCH = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "torch.distributed.pipelining",
+    "torch._inductor.compile_fx",  # which torch.compile imports with any backend
     "revcore_torch",
-)
-TRAINERS = (
-    *TORCH,
-    "transformers",
     "transformers.trainer",
     "transformers.models.gpt2",
     "accelerate",
     "lightning",
     "peft",
+    "deepspeed.ops",
+    "deepspeed.pipe",
 )
-DEEPSPEED = (*TORCH, "deepspeed", "deepspeed.ops", "deepspeed.pipe", "peft")
 OF_DEEPSPEED = ("process groups",)  # which its engines make and keep for the process's life
 JAX = ("pytest", "jax", "jax.export", "flax.nnx", "optax", "orbax.checkpoint", "revcore_jax.nnx")
 

@@ -28,7 +28,7 @@ from tests.distributed.networks import (
     train_alone,
     values_of,
 )
-from tests.distributed.ranks import TRAINERS, Cases, Outcomes, shared_folder
+from tests.distributed.ranks import Cases, Outcomes, shared_folder
 from tests.distributed.sharding import VIEW, wholes
 
 if TYPE_CHECKING or __name__ == "__main__":
@@ -39,7 +39,7 @@ if TYPE_CHECKING or __name__ == "__main__":
 if find_spec("accelerate") is None:
     pytest.skip("Accelerate is not installed", allow_module_level=True)
 
-CASES = Cases(world=2, imports=TRAINERS, leaves=("$ACCELERATE_", "$FSDP_"))
+CASES = Cases(world=2, leaves=("$ACCELERATE_", "$FSDP_"))
 
 warnings.filterwarnings("ignore", VIEW)
 

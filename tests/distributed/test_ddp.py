@@ -28,9 +28,9 @@ from tests.distributed.networks import (
     values_of,
     with_lora,
 )
-from tests.distributed.ranks import TRAINERS, Cases, Outcomes
+from tests.distributed.ranks import Cases, Outcomes
 
-CASES = Cases(world=2, imports=TRAINERS)
+CASES = Cases(world=2)
 
 Change = Callable[[Any], Any]
 

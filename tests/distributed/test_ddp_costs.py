@@ -18,9 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from revcore import Reverse, StoreAll
 from revcore_torch.memory import LiveBytes
 from tests.distributed.networks import Transformer, assert_close, batches, loss_of, part_of
-from tests.distributed.ranks import TRAINERS, Cases, Outcomes
+from tests.distributed.ranks import Cases, Outcomes
 
-CASES = Cases(world=2, imports=TRAINERS)
+CASES = Cases(world=2)
 DEPTH = 6
 Log = list[tuple[str, Any]]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.ranks import DEEPSPEED, Ranks, free_port
+from tests.distributed.ranks import Ranks, free_port
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
@@ -32,7 +32,7 @@ def run(folder: Path, name: str, launcher: Sequence[Any] | None, *options: Any) 
         "COLUMNS": "120",
     }
     world = 1 if launcher else 2
-    with Ranks(command, world, folder / "logs", more, DEEPSPEED) as ranks:
+    with Ranks(command, world, folder / "logs", more) as ranks:
         assert ranks.wait() == [0] * world, ranks.said()
         return ranks.said()
 

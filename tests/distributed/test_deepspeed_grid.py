@@ -22,12 +22,12 @@ from tests.distributed.pipelines import (
     start,
     train,
 )
-from tests.distributed.ranks import DEEPSPEED, Cases, Outcomes
+from tests.distributed.ranks import Cases, Outcomes
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-CASES = Cases(world=4, environment=ENVIRONMENT, imports=DEEPSPEED, leaves=LEAVES)
+CASES = Cases(world=4, environment=ENVIRONMENT, leaves=LEAVES)
 DATA = batches(rows=8)  # two micro-batches for each pipeline
 
 

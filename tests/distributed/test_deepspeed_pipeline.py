@@ -46,12 +46,12 @@ from tests.distributed.pipelines import (
     start,
     train,
 )
-from tests.distributed.ranks import DEEPSPEED, Cases, Outcomes
+from tests.distributed.ranks import Cases, Outcomes
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-CASES = Cases(world=2, environment=ENVIRONMENT, imports=DEEPSPEED, leaves=LEAVES)
+CASES = Cases(world=2, environment=ENVIRONMENT, leaves=LEAVES)
 DATA = batches()  # of two micro-batches each
 
 

@@ -27,7 +27,7 @@ from tests.distributed.networks import (
     values_of,
     with_lora,
 )
-from tests.distributed.ranks import TRAINERS, Cases, Outcomes, shared_folder
+from tests.distributed.ranks import Cases, Outcomes, shared_folder
 from tests.distributed.sharding import VIEW, line, shard, train, wholes
 
 if TYPE_CHECKING or __name__ == "__main__":
@@ -36,7 +36,7 @@ if TYPE_CHECKING or __name__ == "__main__":
     from torch.distributed.checkpoint.state_dict_saver import save
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
-CASES = Cases(world=2, imports=TRAINERS)
+CASES = Cases(world=2)
 
 Change = Callable[[Any], None]
 

@@ -16,14 +16,14 @@ from revcore.errors import InversionError
 from revcore_torch import Checkpoint, Reverse, StoreAll
 from revcore_torch.memory import LiveBytes
 from tests.distributed.networks import Plain, Transformer, assert_close, batches, distance, loss_of, part_of
-from tests.distributed.ranks import TRAINERS, Cases, Outcomes
+from tests.distributed.ranks import Cases, Outcomes
 from tests.distributed.sharding import VIEW, events, gradients, shard
 
 if TYPE_CHECKING or __name__ == "__main__":
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import DTensor
 
-CASES = Cases(world=2, imports=TRAINERS)
+CASES = Cases(world=2)
 DEPTH = 4
 
 

@@ -23,7 +23,7 @@ from tests.distributed.networks import (
     train_alone,
     values_of,
 )
-from tests.distributed.ranks import TRAINERS, Cases, Outcomes, shared_folder
+from tests.distributed.ranks import Cases, Outcomes, shared_folder
 
 if TYPE_CHECKING or __name__ == "__main__":
     from tests.distributed.lightning_parts import Callback, L, ModelCheckpoint, RandomStates, Task, Watch, WithLoss, fit
@@ -31,7 +31,7 @@ if TYPE_CHECKING or __name__ == "__main__":
 if find_spec("lightning") is None:
     pytest.skip("Lightning is not installed", allow_module_level=True)
 
-CASES = Cases(world=2, imports=TRAINERS, leaves=("$WORLD_SIZE",))
+CASES = Cases(world=2, leaves=("$WORLD_SIZE",))
 
 # of Lightning's own making, with PyTorch 2.13
 for message in (

@@ -21,12 +21,12 @@ from tests.distributed.networks import (
     values_of,
     with_lora,
 )
-from tests.distributed.ranks import TRAINERS, Cases, Outcomes
+from tests.distributed.ranks import Cases, Outcomes
 
 if TYPE_CHECKING or __name__ == "__main__":
     from torch.distributed import pipelining
 
-CASES = Cases(world=2, imports=TRAINERS)
+CASES = Cases(world=2)
 DEPTH, MICRO_BATCHES = 5, 4
 
 

@@ -23,7 +23,7 @@ from tests.distributed.networks import (
     train_alone,
     values_of,
 )
-from tests.distributed.ranks import TRAINERS, Cases, Outcomes, Ranks, shared_folder
+from tests.distributed.ranks import Cases, Outcomes, Ranks, shared_folder
 
 if TYPE_CHECKING or __name__ == "__main__":
     import transformers
@@ -36,7 +36,7 @@ if TYPE_CHECKING or __name__ == "__main__":
 if find_spec("transformers") is None or find_spec("accelerate") is None:
     pytest.skip("transformers and accelerate are not installed", allow_module_level=True)
 
-CASES = Cases(world=2, imports=TRAINERS)
+CASES = Cases(world=2)
 
 warnings.filterwarnings("ignore", ".*pin_memory")  # PyTorch's loader, on a machine without an accelerator
 warnings.filterwarnings("ignore", ".*no accelerator is found")
@@ -143,10 +143,10 @@ def goes_on(folder: Path) -> None:
 
 
 def test_a_rank_is_killed_in_step_7_and_the_run_goes_on(tmp_path: Path) -> None:
-    with Ranks(["-W", "error", __file__, "killed", tmp_path], 2, tmp_path, imports=TRAINERS) as ranks:
+    with Ranks(["-W", "error", __file__, "killed", tmp_path], 2, tmp_path) as ranks:
         assert ranks.wait()[1] == -signal.SIGKILL, ranks.said()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
-    with Ranks(["-W", "error", __file__, "goes_on", tmp_path], 2, tmp_path, imports=TRAINERS) as ranks:
+    with Ranks(["-W", "error", __file__, "goes_on", tmp_path], 2, tmp_path) as ranks:
         assert ranks.wait() == [0, 0], ranks.said()
 
 

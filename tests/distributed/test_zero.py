@@ -21,7 +21,7 @@ from tests.distributed.networks import (
     distance,
     values_of,
 )  # fmt: skip
-from tests.distributed.ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes
+from tests.distributed.ranks import OF_DEEPSPEED, Cases, Outcomes
 from tests.distributed.zero_engine import (
     ACCUMULATION,
     CLIP,
@@ -38,7 +38,7 @@ from tests.distributed.zero_engine import (
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-CASES = Cases(world=2, imports=DEEPSPEED, leaves=OF_DEEPSPEED)
+CASES = Cases(world=2, leaves=OF_DEEPSPEED)
 STAGES = 0, 1, 2, 3
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from revcore import Momentum, SpecError
 from tests.distributed.networks import Transformer, assert_close, batches, values_of
-from tests.distributed.ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes, Ranks
+from tests.distributed.ranks import OF_DEEPSPEED, Cases, Outcomes, Ranks
 from tests.distributed.zero_engine import engine_of, init, train, trained
 from tests.distributed.zero_run import STEP, random_states
 from tests.distributed.zero_universal import SAVED_AFTER
@@ -24,7 +24,7 @@ from tests.distributed.zero_universal import SAVED_AFTER
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-CASES = Cases(world=2, imports=DEEPSPEED, leaves=OF_DEEPSPEED)
+CASES = Cases(world=2, leaves=OF_DEEPSPEED)
 FOLDER = "REVCORE_OUTCOMES"  # of the environment: the test's own
 
 
@@ -123,7 +123,7 @@ def test_universal_checkpoint_goes_on_in_another_world(name: str, outcomes: Outc
     convert += ["--input_folder", folder / "parted", "--output_folder", folder / "universal"]
     script = Path(__file__).with_name("zero_universal.py")
     for command in (convert, ["-W", "error", script, folder, stage]):
-        with Ranks(command, 1, tmp_path, {"DS_ACCELERATOR": "cpu"}, DEEPSPEED) as ranks:
+        with Ranks(command, 1, tmp_path, {"DS_ACCELERATOR": "cpu"}) as ranks:
             assert ranks.wait() == [0], ranks.said()
 
 
@@ -133,7 +133,7 @@ def test_universal_checkpoint_goes_on_in_another_world(name: str, outcomes: Outc
 def run(folder: Path, stage: int, *more: str) -> Ranks:
     folder.mkdir(exist_ok=True)
     script = Path(__file__).with_name("zero_run.py")
-    return Ranks(["-W", "error", script, folder, stage, 9, *more], 2, folder, imports=DEEPSPEED)
+    return Ranks(["-W", "error", script, folder, stage, 9, *more], 2, folder)
 
 
 def losses_of(folder: Path) -> list[dict[int, float]]:

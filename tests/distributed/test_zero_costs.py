@@ -29,13 +29,13 @@ from tests.distributed.networks import (
     part_of,
     values_of,
 )
-from tests.distributed.ranks import DEEPSPEED, OF_DEEPSPEED, Cases, Outcomes
+from tests.distributed.ranks import OF_DEEPSPEED, Cases, Outcomes
 from tests.distributed.zero_engine import TOLERANCE, engine_of, init, train, train_alone, trained
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
-CASES = Cases(world=2, imports=DEEPSPEED, leaves=OF_DEEPSPEED)
+CASES = Cases(world=2, leaves=OF_DEEPSPEED)
 STAGES = 0, 1, 2, 3
 
 

@@ -139,7 +139,8 @@ def test_the_probe_tells_what_check_inverse_does(program: Program, quick_compila
     np.testing.assert_allclose(whole.reconstruction, full.drift, rtol=0.3)
     few = DriftProbe(program, samples=128)(blocks, params, streams)
     assert few is not None
-    np.testing.assert_allclose(few.reconstruction, whole.reconstruction, rtol=0.3)
+    # of all steps together: where a step drifts by less than one rounding, few of the 128 elements differ at all
+    np.testing.assert_allclose(np.linalg.norm(few.reconstruction), np.linalg.norm(whole.reconstruction), rtol=0.3)
 
 
 def test_only_every_nth_step_is_measured(quick_compilation: None) -> None:
