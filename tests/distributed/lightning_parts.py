@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.networks import CLIP, Transformer, adamw, batches, loss_of
+from tests.distributed.networks import CLIP, STEPS, Transformer, adamw, batches, loss_of
 
 __all__ = ["Callback", "L", "ModelCheckpoint", "RandomStates", "Task", "Watch", "WithLoss", "fit"]
 
@@ -91,7 +91,7 @@ class RandomStates(Callback):
 
 
 def fit(task: L.LightningModule, folder: Path | None = None, resume: Path | None = None, **settings: Any) -> None:
-    """Train for five steps of two batches of one row a rank."""
+    """Train for :data:`~tests.distributed.networks.STEPS` steps of two batches of one row a rank."""
     settings.setdefault("callbacks", [])
     trainer = L.Trainer(
         accelerator="cpu", devices=2, strategy="ddp", precision="64-true", max_epochs=1, accumulate_grad_batches=2,
@@ -100,7 +100,7 @@ def fit(task: L.LightningModule, folder: Path | None = None, resume: Path | None
     )  # fmt: skip
     rows = torch.cat(batches())[trainer.global_rank :: 2]
     trainer.fit(task, Rows(rows), ckpt_path=resume)
-    assert trainer.global_step == 5
+    assert trainer.global_step == STEPS
 
 
 class WithLoss(nn.Module):

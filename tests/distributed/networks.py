@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from revcore_torch import ReversibleSequential
 
 WIDTH, HEADS, VOCABULARY, TIME = 8, 2, 16, 6
-STEPS = 5
+STEPS = 3
 CLIP = 0.02  # below every gradient's norm, and near AdamW's eps: it changes what a step does
 
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

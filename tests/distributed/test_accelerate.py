@@ -18,6 +18,7 @@ from revcore_torch import Reverse, StoreAll
 from tests.distributed.held import Held
 from tests.distributed.networks import (
     CLIP,
+    STEPS,
     Transformer,
     adamw,
     assert_close,
@@ -57,7 +58,7 @@ def prepared(model: nn.Module, **settings: Any) -> tuple[Accelerator, Any, Any, 
 def train(
     accelerator: Accelerator, model: Any, optimizer: Any, loader: Iterable[Tensor], save: Path | None = None
 ) -> list[float]:
-    """Train as Accelerate's guide says; return the losses of this rank's rows. ``save``: after the third step."""
+    """Train as Accelerate's guide says; return the losses of this rank's rows. ``save``: after the second step."""
     losses = []
     for row in loader:
         with accelerator.accumulate(model):
@@ -70,7 +71,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-        if save is not None and len(losses) == 6:
+        if save is not None and len(losses) == 4:
             accelerator.save_state(str(save))
     return losses
 
@@ -86,7 +87,7 @@ def as_plain_training_in_one_process(rank: int, world: int) -> None:
     assert accelerator.unwrap_model(model) is made
     assert [*accelerator.get_state_dict(model)] == [*made.state_dict()]
     mine = train(accelerator, model, optimizer, loader)
-    assert len(mine) == 10
+    assert len(mine) == 2 * STEPS
     assert losses[-1] != losses[0]
     assert_close(values_of(made), values_of(alone))
 
@@ -97,7 +98,7 @@ def what_is_held_is_flat_in_depth(rank: int, world: int) -> None:
         made = Transformer(depth, **settings).double()
         count = Held(made.blocks)
         train(*prepared(made))
-        assert len(count.bytes) == 10
+        assert len(count.bytes) == 2 * STEPS
         assert len({*count.bytes}) == 1
         return count.bytes[0]
 
@@ -134,7 +135,7 @@ def with_dropout_again_and_resumed(rank: int, world: int) -> None:
     assert_close(values_of(made), expected, tolerance=0.0)
     made, accelerator, model, optimizer, loader = begin(4)
     accelerator.load_state(str(folder))
-    assert train(accelerator, model, optimizer, accelerator.skip_first_batches(loader, 6)) == losses[6:]
+    assert train(accelerator, model, optimizer, accelerator.skip_first_batches(loader, 4)) == losses[4:]
     assert_close(values_of(made), expected, tolerance=0.0)
     made, *run = begin(4)
     assert train(*run) != losses  # dropout draws

@@ -78,15 +78,11 @@ def sums(text: str) -> int:
 
 
 def compiled(policy: Policy, depth: int, layout: Layout) -> Any:
-    """Compile a training step as a user would."""
+    """Compile a training step: as a user would, but for what LLVM makes of each kernel, which changes no count here."""
     training = Training(layout, lambda: Transformer(depth, policy))
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(training.state))
     assert bytes_on_the_first_device(training.state) < 0.7 * whole  # norms and embedding are small, and uncut
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        return training.step.lower(training.state, training.batch(batches()[0])).compile()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+    return training.step.lower(training.state, training.batch(batches()[0])).compile()
 
 
 @CASES

@@ -1,26 +1,20 @@
-"""Blocks that a tensor-parallel plan parts among ranks (``DTensor``), alone and under FSDP2: the run of one process."""
+"""Blocks that a tensor-parallel plan parts between ranks (``DTensor``): the run of one process."""
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from revcore.errors import InversionError
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential
-from tests.distributed.left import groups_of_its_own
 from tests.distributed.networks import (
-    HEADS,
     MLP,
     WIDTH,
     Plain,
-    Transformer,
     assert_close,
     batches,
     distance,
@@ -28,69 +22,13 @@ from tests.distributed.networks import (
     values_of,
 )
 from tests.distributed.ranks import Cases, Outcomes, init_gloo
-from tests.distributed.sharding import VIEW, events, gradients, shard, train, whole, wholes
+from tests.distributed.sharding import events, gradients, train, whole, wholes
+from tests.distributed.tensor_parallel import DEPTH, mesh, network, parallel
 
 if TYPE_CHECKING or __name__ == "__main__":
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
 
-CASES = Cases(world=4)
-DEPTH = 4
-
-
-@functools.cache
-def mesh() -> Any:
-    """Two replicas of two ranks that part each block between them."""
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-
-
-class Attention(nn.Module):
-    """Causal self-attention whose heads may be parted: one layer each for queries, keys and values."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.drop = nn.Dropout(p)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        q, k, v = (layer(x).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.drop(self.out(y.transpose(1, 2).flatten(2)))
-
-
-def network(p: float = 0.0, **settings: Any) -> Any:
-    net = Transformer(DEPTH, p=p, **settings)
-    torch.manual_seed(1)
-    for i in range(0, DEPTH, 2):
-        net.blocks[i] = Attention(p)
-    return net.double()
-
-
-def parallel(net: Any, over: Any, sequence: bool = False) -> Any:
-    """Part each block among the ranks of ``over``; with ``sequence``, the streams between the blocks as well."""
-    into: dict[str, Any] = {"input_layouts": Shard(1)} if sequence else {}
-    out: dict[str, Any] = {"output_layouts": Shard(1)} if sequence else {}
-    for block in net.blocks:
-        plan: dict[str, Any] = {name: ColwiseParallel(**into) for name in ("up", "q", "k", "v") if hasattr(block, name)}
-        plan["down" if hasattr(block, "down") else "out"] = RowwiseParallel(**out)
-        if sequence:
-            plan["norm"] = SequenceParallel()
-        parallelize_module(block, over, plan)
-    if sequence:
-        plan = {
-            "embedding": RowwiseParallel(input_layouts=Replicate(), **out),
-            "norm": SequenceParallel(),
-            "head": ColwiseParallel(output_layouts=Replicate(), **into),
-        }
-        parallelize_module(net, over, plan)
-    return net
+CASES = Cases(world=2)
 
 
 def parted(net: nn.Module) -> int:
@@ -125,33 +63,6 @@ equals_one_process("the same, checkpointed", policy=Checkpoint())
 equals_one_process("frozen blocks", change=frozen)
 equals_one_process("the head is the embedding", tied=True)
 equals_one_process("streams parted along the sequence", sequence=True)
-
-
-@CASES
-def with_fsdp2(rank: int, world: int) -> None:
-    both = mesh()
-    alone, model = network(reversible=False), parallel(network(), both["tensor"])
-    shard(model, mesh=both["data"])
-    train(alone, batches())
-    train(model, batches(), rank // 2, 2)
-    assert_close(wholes(model), values_of(alone))
-
-
-@CASES
-def replicas_that_are_sharded(rank: int, world: int) -> None:
-    alone, model = network(reversible=False), shard(network(), mesh=mesh())
-    train(alone, batches())
-    train(model, batches(), rank, world)
-    assert_close(wholes(model), values_of(alone))
-
-
-@CASES
-@groups_of_its_own()
-def resharded_to_two_of_four(rank: int, world: int) -> None:
-    alone, model = network(reversible=False), shard(network(), reshard_after_forward=2)
-    train(alone, batches())
-    train(model, batches(), rank, world)
-    assert_close(wholes(model), values_of(alone))
 
 
 @CASES
@@ -224,11 +135,10 @@ outcomes = CASES.fixture(__file__)
 
 
 @pytest.mark.parametrize("name", CASES.names)
-def test_on_four_ranks(name: str, outcomes: Outcomes) -> None:
+def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
     outcomes.check(name)
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", VIEW)
     warnings.filterwarnings("ignore", "this program of .* steps, run back in")
     CASES.run(lambda: (init_gloo(), mesh()))

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.networks import CLIP, Transformer, adamw, batches, loss_of
+from tests.distributed.networks import CLIP, STEPS, Transformer, adamw, batches, loss_of
 from tests.hf.models import make
 
 
@@ -58,7 +58,7 @@ def as_inputs(rows: Tensor) -> dict[str, Tensor]:
 def train(
     model: Any,
     folder: Path,
-    steps: int = 5,
+    steps: int = STEPS,
     resume: bool | str = False,
     callbacks: Sequence[Any] = (),
     collate: Any = as_tokens,
@@ -70,7 +70,7 @@ def train(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=2,
         max_grad_norm=CLIP, lr_scheduler_type="constant", use_cpu=True, **settings,
     )  # fmt: skip
-    rows = torch.cat(batches(steps=max(steps, 5)))
+    rows = torch.cat(batches(steps=max(steps, STEPS)))
     trainer = InOrder(
         model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:4], callbacks=[*callbacks],  # type: ignore[arg-type]
         data_collator=lambda items: collate(torch.stack(items)), optimizers=(adamw(model.parameters()), None),

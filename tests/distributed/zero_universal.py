@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tests.distributed.networks import Transformer, assert_close, batches
 from tests.distributed.zero_engine import TOLERANCE, engine_of, init, train, trained
 
-SAVED_AFTER = 3
+SAVED_AFTER = 2
 
 
 def main(folder: Path, stage: int) -> None:
