@@ -145,7 +145,8 @@ def compiled(rank: int, world: int) -> None:
     with warnings.catch_warnings():  # dynamo has many, of DeepSpeed's hooks
         warnings.simplefilter("ignore")
         train(engine, data, rank, world)
-    assert_close({name.replace("_orig_mod.", ""): p for name, p in trained(engine).items()}, values_of(stored), TOLERANCE)
+    ours = {name.replace("_orig_mod.", ""): p for name, p in trained(engine).items()}
+    assert_close(ours, values_of(stored), TOLERANCE)
 
 
 @CASES
