@@ -54,18 +54,21 @@ class Graphs(CompileCounterWithBackend):
         return self.frame_count
 
 
-def compile_whole(model: Any, backend: str = "eager", **options: Any) -> Any:
-    """Compile ours; the networks that it is compared with run as they are.
+def is_ours(model: Any) -> bool:
+    """Whether it is what the case is about; the networks that it is compared with run as they are."""
+    return isinstance(model, ReversibleSequential) and model.policy != StoreAll()
 
-    Dynamo's graph is the subject: ``eager`` runs it as it is. What is made of it beyond is seen once (``aot_eager``).
+
+def compile_whole(model: Any, backend: str = "eager", **options: Any) -> Any:
+    """Compile ours. Dynamo's graph is the subject: ``eager`` runs it as it is.
+
+    What is made of it beyond is seen once (``aot_eager``).
     """
-    if not isinstance(model, ReversibleSequential):
-        return model
-    return torch.compile(model, backend=backend, fullgraph=True, **options)
+    return torch.compile(model, backend=backend, fullgraph=True, **options) if is_ours(model) else model
 
 
 def compile_around(model: Any) -> Any:
-    return torch.compile(model, backend="eager") if isinstance(model, ReversibleSequential) else model
+    return torch.compile(model, backend="eager") if is_ours(model) else model
 
 
 def train_compiled(model: Any, *args: Any, **options: Any) -> list[Any]:
