@@ -44,14 +44,12 @@ lint: $(READY) ## run ruff and pyright
 	$(BIN)/python -m pyright
 
 # The test processes share the machine: one thread each, and no process takes a whole GPU for itself.
-unit: export OMP_NUM_THREADS := 1
-unit: export XLA_PYTHON_CLIENT_PREALLOCATE := false
+unit test-long: export OMP_NUM_THREADS := 1
+unit test-long: export XLA_PYTHON_CLIENT_PREALLOCATE := false
 unit: $(READY) ## run the fast tests and doctests
 	$(BIN)/python -m pytest $(if $(SYSTEM_SITE_PACKAGES),-W default) $(PYTEST_ARGS)
 
 # What only rarely finds more (tests/README.md): whole products, many random programs, long runs.
-test-long: export OMP_NUM_THREADS := 1
-test-long: export XLA_PYTHON_CLIENT_PREALLOCATE := false
 test-long: $(READY) ## run the long tests; SHARE=3/10 runs one of ten shares
 	$(BIN)/python -m pytest --tier long --share $(SHARE) $(PYTEST_ARGS)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from revcore_torch import ReversibleSequential
+from tests.plain.pytorch import Plain
 
 WIDTH, HEADS, VOCABULARY, TIME = 8, 2, 16, 6
 STEPS = 3
@@ -50,16 +51,6 @@ class MLP(nn.Module):
         return self.drop(self.down(F.gelu(self.up(self.norm(x)))))
 
 
-class Plain(nn.Sequential):
-    """The additive network in PyTorch alone, keeping everything; its parameters have the reversible one's names."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        x0, x1 = input.chunk(2, -1)
-        for block in self:
-            x0, x1 = x1, x0 + block(x1)
-        return torch.cat((x0, x1), -1)
-
-
 class Transformer(nn.Module):
     """Tokens (batch, time) → logits (batch, time, vocabulary); the streams have ``width`` each.
 
@@ -74,7 +65,9 @@ class Transformer(nn.Module):
         torch.manual_seed(1)
         blocks = [(MLP if i % 2 else Attention)(p=p) for i in range(depth)]
         self.embedding = nn.Embedding(VOCABULARY, 2 * WIDTH)
-        self.blocks = ReversibleSequential(*blocks, split_dim=-1, **settings) if reversible else Plain(*blocks)
+        self.blocks = (
+            ReversibleSequential(*blocks, split_dim=-1, **settings) if reversible else Plain(*blocks, split_dim=-1)
+        )
         self.norm = nn.LayerNorm(2 * WIDTH)
         self.head = nn.Linear(2 * WIDTH, VOCABULARY, bias=not tied)
         if tied:

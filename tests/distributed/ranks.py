@@ -7,11 +7,7 @@ A test file is a script as well: it registers cases, and as a script it runs the
     @CASES
     def averages(rank: int, world: int) -> None: ...
 
-    outcomes = CASES.fixture(__file__)
-
-    @pytest.mark.parametrize("name", CASES.names)
-    def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-        outcomes.check(name)
+    outcomes, test_on_two_ranks = CASES.tests(__file__)
 
     if __name__ == "__main__":
         CASES.run()
@@ -308,6 +304,15 @@ class Cases(dict[str, Case]):
         self[name] = case
         self.names.append(pytest.param(name, marks=pytest.mark.long if long else ()))
         return case
+
+    def tests(self, file: str) -> tuple[Any, Any]:
+        """Return the fixture ``outcomes``, and the test of each case."""
+
+        @pytest.mark.parametrize("name", self.names)
+        def test(name: str, outcomes: Outcomes) -> None:
+            outcomes.check(name)
+
+        return self.fixture(file), test
 
     def fixture(self, file: str) -> Any:
         """Return the fixture that starts ``file`` as a script on every rank and reads what became of its cases."""

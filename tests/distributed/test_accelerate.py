@@ -29,7 +29,7 @@ from tests.distributed.networks import (
     train_alone,
     values_of,
 )
-from tests.distributed.ranks import Cases, Outcomes, shared_folder
+from tests.distributed.ranks import Cases, shared_folder
 from tests.distributed.sharding import VIEW, wholes
 
 if TYPE_CHECKING or __name__ == "__main__":
@@ -190,12 +190,7 @@ def sharding_as_where_there_are_accelerators(rank: int, world: int) -> None:
             assert_close(ours, values_of(alone))
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tests.distributed.networks import (
     values_of,
     with_lora,
 )
-from tests.distributed.ranks import Cases, Outcomes
+from tests.distributed.ranks import Cases
 
 CASES = Cases(world=2)
 
@@ -302,12 +302,7 @@ def converted_hugging_face_model(rank: int, world: int) -> None:
     assert_close(values_of(ours), values_of(alone))
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

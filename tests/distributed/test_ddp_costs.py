@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from revcore import Reverse, StoreAll
 from revcore_torch.memory import LiveBytes
 from tests.distributed.networks import Transformer, assert_close, batches, loss_of, part_of
-from tests.distributed.ranks import Cases, Outcomes
+from tests.distributed.ranks import Cases
 
 CASES = Cases(world=2)
 DEPTH = 6
@@ -163,12 +163,7 @@ def blocks_run_twice_a_step(rank: int, world: int) -> None:
         assert calls == dict.fromkeys(range(4), 2 * len(batches()))
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 def test_a_bucket_that_waits_for_a_block_is_late() -> None:

@@ -22,7 +22,7 @@ from tests.distributed.pipelines import (
     start,
     train,
 )
-from tests.distributed.ranks import Cases, Outcomes
+from tests.distributed.ranks import Cases
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
@@ -79,12 +79,7 @@ def gradients_are_clipped_by_the_norm_of_all_stages(rank: int, world: int) -> No
     assert off[0] <= 1e-6 < 1e-3 < off[1], off
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_four_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_four_ranks = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

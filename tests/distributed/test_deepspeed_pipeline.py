@@ -46,7 +46,7 @@ from tests.distributed.pipelines import (
     start,
     train,
 )
-from tests.distributed.ranks import Cases, Outcomes
+from tests.distributed.ranks import Cases
 
 if find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
@@ -389,12 +389,7 @@ def refused_when_the_pipeline_is_made(rank: int, world: int) -> None:
         start(layers_of(additive()), config=zero(2))
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_stages(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_stages = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tests.distributed.networks import (
     values_of,
     with_lora,
 )
-from tests.distributed.ranks import Cases, Outcomes, shared_folder
+from tests.distributed.ranks import Cases, shared_folder
 from tests.distributed.sharding import VIEW, line, shard, train, wholes
 
 if TYPE_CHECKING or __name__ == "__main__":
@@ -255,12 +255,7 @@ CASES.add("FSDP1, checkpointed", fsdp1(True, Checkpoint()))
 CASES.add("FSDP1, the root alone", fsdp1(True, each=False))
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import revcore
 from revcore.errors import InversionError
 from revcore_torch import Checkpoint, Reverse, StoreAll
 from revcore_torch.memory import LiveBytes
-from tests.distributed.networks import Plain, Transformer, assert_close, batches, distance, loss_of, part_of
-from tests.distributed.ranks import Cases, Outcomes
+from tests.distributed.networks import Transformer, assert_close, batches, distance, loss_of, part_of
+from tests.distributed.ranks import Cases
 from tests.distributed.sharding import VIEW, events, gradients, shard
+from tests.plain.pytorch import Plain
 
 if TYPE_CHECKING or __name__ == "__main__":
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -235,12 +236,7 @@ def test_gradients_that_all_leave_at_the_end_are_found() -> None:
     assert_reduced_as_layers_finish([*alternating, "reduce"], DEPTH)
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import warnings
 
-import pytest
-
 from tests.distributed.left import groups_of_its_own
 from tests.distributed.networks import assert_close, batches, values_of
-from tests.distributed.ranks import Cases, Outcomes, init_gloo
+from tests.distributed.ranks import Cases, init_gloo
 from tests.distributed.sharding import VIEW, shard, train, wholes
 from tests.distributed.tensor_parallel import mesh, network, parallel
 
@@ -42,12 +40,7 @@ def resharded_to_two_of_four(rank: int, world: int) -> None:
     assert_close(wholes(model), values_of(alone))
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_four_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_four_ranks = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax
 
 from revcore import Checkpoint, Policy, Reverse, StoreAll
 from tests.distributed.jax_networks import Layout, Training, Transformer, alone, assert_equal, batches, train
-from tests.distributed.ranks import JAX, Cases, Outcomes
+from tests.distributed.ranks import JAX, Cases
 
 BOTH = frozenset({"data", "tensor"})
 CASES = Cases(
@@ -111,12 +111,7 @@ def tensor_parallel_sums(rank: int, world: int) -> None:
     assert found == [2 + 4, 2 + 4, 2 + 4 + 2]
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_eight_devices(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_eight_devices = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

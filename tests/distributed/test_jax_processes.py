@@ -24,7 +24,7 @@ import numpy as np
 
 from revcore import Reverse
 from tests.distributed.jax_networks import Layout, Training, Transformer, alone, assert_equal, batches, train
-from tests.distributed.ranks import JAX, LIMIT, Cases, Outcomes, Ranks
+from tests.distributed.ranks import JAX, LIMIT, Cases, Ranks
 
 WORLD, LOCAL = 2, 2
 ENVIRONMENT = {
@@ -51,12 +51,7 @@ for name, layout in {
     CASES.add(name, case, long=name != "tensors cut over processes")
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_processes(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_processes = CASES.tests(__file__)
 
 
 # --- a process is killed ----------------------------------------------------------------------------------------------

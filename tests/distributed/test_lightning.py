@@ -24,7 +24,7 @@ from tests.distributed.networks import (
     train_alone,
     values_of,
 )
-from tests.distributed.ranks import Cases, Outcomes, shared_folder
+from tests.distributed.ranks import Cases, shared_folder
 
 if TYPE_CHECKING or __name__ == "__main__":
     from tests.distributed.lightning_parts import Callback, L, ModelCheckpoint, RandomStates, Task, Watch, WithLoss, fit
@@ -121,12 +121,7 @@ def by_fabric(rank: int, world: int) -> None:
     assert_close(values_of(made.model), values_of(alone))
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tests.distributed.networks import (
     values_of,
     with_lora,
 )
-from tests.distributed.ranks import Cases, Outcomes
+from tests.distributed.ranks import Cases
 
 if TYPE_CHECKING or __name__ == "__main__":
     from torch.distributed import pipelining
@@ -153,12 +153,7 @@ def blocks_run_twice_a_micro_batch(rank: int, world: int) -> None:
     assert calls == dict.fromkeys(here, 2 * MICRO_BATCHES * STEPS + once)
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_stages(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_stages = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,16 @@ from revcore_torch import Checkpoint, Reverse, ReversibleSequential
 from tests.distributed.networks import (
     MLP,
     WIDTH,
-    Plain,
     assert_close,
     batches,
     distance,
     loss_of,
     values_of,
 )
-from tests.distributed.ranks import Cases, Outcomes, init_gloo
+from tests.distributed.ranks import Cases, init_gloo
 from tests.distributed.sharding import events, gradients, train, whole, wholes
 from tests.distributed.tensor_parallel import DEPTH, mesh, network, parallel
+from tests.plain.pytorch import Plain
 
 if TYPE_CHECKING or __name__ == "__main__":
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
@@ -131,12 +131,7 @@ def streams_that_are_parted_themselves(rank: int, world: int) -> None:
             assert_close(run(ReversibleSequential, place, turned, split_dim=-1, policy=policy), plain)
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tests.distributed.networks import (
     train_alone,
     values_of,
 )
-from tests.distributed.ranks import Cases, Outcomes, Ranks, shared_folder
+from tests.distributed.ranks import Cases, Ranks, shared_folder
 
 if TYPE_CHECKING or __name__ == "__main__":
     import transformers
@@ -123,12 +123,7 @@ def a_converted_model_with_checkpointing_switched_on_or_off(rank: int, world: in
         assert torch.equal(again.eval()(**rows).logits, model.eval()(**rows).logits)
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 def killed(folder: Path) -> None:

@@ -21,7 +21,7 @@ from tests.distributed.networks import (
     distance,
     values_of,
 )  # fmt: skip
-from tests.distributed.ranks import OF_DEEPSPEED, Cases, Outcomes
+from tests.distributed.ranks import OF_DEEPSPEED, Cases
 from tests.distributed.zero_engine import (
     ACCUMULATION,
     CLIP,
@@ -251,12 +251,7 @@ CASES.add(
 )
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

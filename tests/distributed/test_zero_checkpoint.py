@@ -105,12 +105,7 @@ for stage in (1, 2):
     CASES.add(name, functools.partial(saved_for_another_world, stage=stage), long=stage == 2)
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 @pytest.mark.parametrize("name", CASES.names[-2:])

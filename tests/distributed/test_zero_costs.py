@@ -29,7 +29,7 @@ from tests.distributed.networks import (
     part_of,
     values_of,
 )
-from tests.distributed.ranks import OF_DEEPSPEED, Cases, Outcomes
+from tests.distributed.ranks import OF_DEEPSPEED, Cases
 from tests.distributed.zero_engine import TOLERANCE, engine_of, init, train, train_alone, trained
 
 if find_spec("deepspeed") is None:
@@ -271,12 +271,7 @@ CASES.add("costs, stage 1", functools.partial(costs, stage=1))
 CASES.add("costs, stage 3", functools.partial(costs, stage=3))
 
 
-outcomes = CASES.fixture(__file__)
-
-
-@pytest.mark.parametrize("name", CASES.names)
-def test_on_two_ranks(name: str, outcomes: Outcomes) -> None:
-    outcomes.check(name)
+outcomes, test_on_two_ranks = CASES.tests(__file__)
 
 
 if __name__ == "__main__":

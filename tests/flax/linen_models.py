@@ -15,6 +15,8 @@ from flax import linen as nn
 from revcore import Chain, Couple, Momentum, Program, Repeat
 from revcore_jax.linen import ReversibleSequential
 from tests.helpers import assert_close, tree_error
+from tests.plain import momentum
+from tests.plain.linen import Plain
 from tests.tiers import product
 
 D, ROWS = 4, 6
@@ -59,18 +61,6 @@ class Small(nn.Module):
         return jnp.tanh(nn.Dense(D)(x))
 
 
-class Plain(nn.Module):
-    """The blocks one after the other, written down."""
-
-    layers: Any
-
-    def __call__(self, x: Any, **kwargs: Any) -> Any:
-        a, b = jnp.split(x, 2, -1)
-        for layer in self.layers:
-            a, b = b, BETA * a + (1 - BETA) * layer(b, **kwargs)
-        return jnp.concatenate([a, b], -1)
-
-
 class PlainScan(nn.Module):
     """``n`` times two blocks, by ``nn.scan``."""
 
@@ -95,7 +85,7 @@ class PlainScan(nn.Module):
 
 
 Net = Callable[..., Any]  # makes a network of its blocks
-NETS: tuple[Net, Net] = partial(ReversibleSequential, coupling=Momentum(BETA)), Plain
+NETS: tuple[Net, Net] = partial(ReversibleSequential, coupling=Momentum(BETA)), partial(Plain, update=momentum(BETA))
 
 
 def repeated(n: int = 3) -> Program:

@@ -14,22 +14,9 @@ from flax import nnx
 
 from revcore_jax.nnx import ReversibleSequential
 from tests.helpers import assert_close, tree_error
+from tests.plain.nnx import Plain
 
 D = 4
-
-
-class Plain(nnx.Module):
-    """The RevNet of two streams, written down; ``rngs`` goes to blocks that have the keyword, as in nnx.Sequential."""
-
-    def __init__(self, *layers: Any, takes: bool = False) -> None:
-        self.layers = nnx.List(layers)
-        self.takes = takes
-
-    def __call__(self, x: Any, rngs: Any = None) -> Any:
-        a, b = jnp.split(x, 2, -1)
-        for layer in self.layers:
-            a, b = b, a + (layer(b, rngs=rngs) if self.takes else layer(b))
-        return jnp.concatenate([a, b], -1)
 
 
 def linear(rngs: nnx.Rngs, dtype: Any, d: int = D) -> nnx.Linear:

@@ -14,6 +14,8 @@ import revcore
 from revcore import Checkpoint, InversionError, Momentum, Reverse, SpecError, StoreAll
 from revcore_jax.linen import ReversibleSequential
 from tests.helpers import tree_error
+from tests.plain import momentum
+from tests.plain.linen import Plain
 
 D = 4
 
@@ -34,18 +36,6 @@ class Block(nn.Module):
         return nn.Dense(D, name="second")(nn.Dropout(0.4, deterministic=not train)(x))
 
 
-class Plain(nn.Module):
-    """The same network, written down."""
-
-    layers: Any
-
-    def __call__(self, x: Any, **kwargs: Any) -> Any:
-        a, b = jnp.split(x, 2, -1)
-        for layer in self.layers:
-            a, b = b, 0.9 * a + 0.1 * layer(b, **kwargs)
-        return jnp.concatenate([a, b], -1)
-
-
 def inputs(seed: int = 0, d: int = 2 * D) -> Any:
     return jnp.asarray(np.random.default_rng(seed).standard_normal((6, d)))
 
@@ -55,7 +45,7 @@ def ours(n: int = 4, **settings: Any) -> ReversibleSequential:
 
 
 def plain(n: int = 4) -> Plain:
-    return Plain([Block() for _ in range(n)])
+    return Plain([Block() for _ in range(n)], update=momentum(0.9))
 
 
 def start(model: Any) -> Any:
@@ -160,7 +150,7 @@ def test_functions_aux_outputs_and_other_programs() -> None:
 def test_a_block_used_twice() -> None:
     """Shared parameters are well; shared statistics and masks are refused."""
     dense = nn.Dense(D, param_dtype=jnp.float64)
-    models = ReversibleSequential([dense, dense], coupling=Momentum(0.9)), Plain([dense, dense])
+    models = ReversibleSequential([dense, dense], coupling=Momentum(0.9)), Plain([dense, dense], update=momentum(0.9))
     variables = models[1].init(jax.random.key(0), inputs())
 
     def loss(variables: Any, model: Any) -> Any:

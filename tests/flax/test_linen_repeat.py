@@ -35,7 +35,6 @@ from tests.flax.linen_models import (
     Block,
     D,
     Mode,
-    Plain,
     Small,
     Using,
     check_step,
@@ -48,6 +47,8 @@ from tests.flax.linen_models import (
     train_step,
 )
 from tests.helpers import tree_error
+from tests.plain import momentum
+from tests.plain.linen import Plain
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -345,7 +346,10 @@ def test_partitioned_variables_that_change() -> None:
 
 
 def test_partitioned_parameters_in_a_list() -> None:
-    models = ReversibleSequential([Boxed(), Boxed()], coupling=Momentum(BETA)), Plain([Boxed(), Boxed()])
+    models = (
+        ReversibleSequential([Boxed(), Boxed()], coupling=Momentum(BETA)),
+        Plain([Boxed(), Boxed()], update=momentum(BETA)),
+    )
     variables = start(models[1], inputs())
     check_step(*models, "float64", variables=variables, mutable=False)
 
@@ -443,5 +447,8 @@ def test_changes_of_what_iterations_share_are_refused() -> None:
 def test_the_checker_fails_where_it_must(mode: Mode) -> None:
     with pytest.raises(AssertionError):
         check_step(
-            ReversibleSequential([Small()], coupling=Momentum(0.9 + 1e-5)), Plain([Small()]), mode, mutable=False
+            ReversibleSequential([Small()], coupling=Momentum(0.9 + 1e-5)),
+            Plain([Small()], update=momentum(BETA)),
+            mode,
+            mutable=False,
         )

@@ -22,7 +22,6 @@ from tests.flax.linen_models import (
     D,
     Mode,
     Net,
-    Plain,
     Small,
     Using,
     cast,
@@ -33,6 +32,7 @@ from tests.flax.linen_models import (
     train_step,
 )
 from tests.helpers import tree_error
+from tests.plain.linen import Plain
 from tests.tiers import product
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -27,6 +27,8 @@ from revcore_jax.nnx import ReversibleSequential
 from tests.flax.nnx_models import Mode
 from tests.flax.nnx_models import arrays as parts
 from tests.helpers import tree_error
+from tests.plain import momentum
+from tests.plain.nnx import Plain
 
 D = 4
 
@@ -54,19 +56,6 @@ class Block(nnx.Module):
         if hasattr(self, "__captures__"):
             self.sow(nnx.Intermediate, "seen", x)
         return self.second(self.dropout(jnp.tanh(self.norm(self.first(x)))))
-
-
-class Plain(nnx.Module):
-    """The same network, written down."""
-
-    def __init__(self, layers: Any) -> None:
-        self.layers = nnx.List(layers)
-
-    def __call__(self, x: Any) -> Any:
-        a, b = jnp.split(x, 2, -1)
-        for layer in self.layers:
-            a, b = b, 0.9 * a + 0.1 * layer(b)
-        return jnp.concatenate([a, b], -1)
 
 
 def blocks(n: int = 4) -> list[Block]:
@@ -98,7 +87,10 @@ F64 = Mode(jnp.float64, jit=False)
 )
 def test_training_steps_equal_plain(policy: Any, jit: bool) -> None:
     """Gradients, statistics, masks and counts: all as without revcore, over several steps."""
-    models = ReversibleSequential(*blocks(), coupling=Momentum(0.9), policy=policy), Plain(blocks())
+    models = (
+        ReversibleSequential(*blocks(), coupling=Momentum(0.9), policy=policy),
+        Plain(*blocks(), update=momentum(0.9)),
+    )
     step = nnx.value_and_grad(loss)
     step = nnx.jit(step) if jit else step
     for seed in range(2):
@@ -119,7 +111,7 @@ def test_batch_statistics_move_once() -> None:
 
 def test_sown_values_are_captured_once() -> None:
     captured = []
-    for model in (ReversibleSequential(*blocks(2), coupling=Momentum(0.9)), Plain(blocks(2))):
+    for model in (ReversibleSequential(*blocks(2), coupling=Momentum(0.9)), Plain(*blocks(2), update=momentum(0.9))):
 
         def run(model: Any, x: Any) -> Any:
             value, seen = nnx.capture(loss, nnx.Intermediate)(model, x)
@@ -133,7 +125,7 @@ def test_sown_values_are_captured_once() -> None:
 
 def test_shared_parameters_train_and_shared_statistics_are_refused() -> None:
     linear = nnx.Linear(D, D, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
-    shared = ReversibleSequential(linear, linear, coupling=Momentum(0.9)), Plain([linear, linear])
+    shared = ReversibleSequential(linear, linear, coupling=Momentum(0.9)), Plain(linear, linear, update=momentum(0.9))
     got, want = (nnx.grad(loss)(model, inputs()) for model in shared)
     assert tree_error(parts(got), parts(want)) <= 1e-12
 
@@ -193,7 +185,7 @@ def test_couplings_from_functions_are_proved() -> None:
     model = ReversibleSequential(
         *blocks(2), coupling_forward=forward, coupling_inverse=lambda y, f: (y - 0.1 * f) / 0.9
     )
-    got, want = (nnx.jit(nnx.grad(loss))(m, inputs()) for m in (model, Plain(blocks(2))))
+    got, want = (nnx.jit(nnx.grad(loss))(m, inputs()) for m in (model, Plain(*blocks(2), update=momentum(0.9))))
     assert tree_error(parts(got), parts(want)) <= 1e-12
     with pytest.raises(SpecError, match="inverse"):
         ReversibleSequential(*blocks(), coupling_forward=forward, coupling_inverse=lambda y, f: y / 0.9 - 0.1 * f)

@@ -18,7 +18,8 @@ import revcore_jax
 from revcore import Program, Repeat
 from revcore.step import Chain, Couple
 from revcore_jax.nnx import ReversibleSequential, stack
-from tests.flax.nnx_models import Block, D, Mode, Net, Plain, Smooth, arrays, blocks, linear, loss, modes, step_by_step
+from tests.flax.nnx_models import Block, D, Mode, Net, Smooth, arrays, blocks, linear, loss, modes, step_by_step
+from tests.plain.nnx import Plain
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -11,7 +11,8 @@ from flax import nnx
 
 from revcore import Chain, Checkpoint, Couple, InversionError, Program, Repeat, Reverse, SpecError, StoreAll
 from revcore_jax.nnx import ReversibleSequential, stack
-from tests.flax.nnx_models import D, Mode, Plain, arrays, linear, loss, modes, step_by_step
+from tests.flax.nnx_models import D, Mode, arrays, linear, loss, modes, step_by_step
+from tests.plain.nnx import Plain
 from tests.tiers import product
 
 pytestmark = pytest.mark.usefixtures("x64")

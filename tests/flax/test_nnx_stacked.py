@@ -11,7 +11,8 @@ from flax import nnx
 
 from revcore import Chain, Couple, Program, Repeat, SpecError
 from revcore_jax.nnx import ReversibleSequential, stack, unstack
-from tests.flax.nnx_models import Block, D, Mode, Plain, Smooth, arrays, blocks, linear, loss, modes, step_by_step
+from tests.flax.nnx_models import Block, D, Mode, Smooth, arrays, blocks, linear, loss, modes, step_by_step
+from tests.plain.nnx import Plain
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -18,7 +18,8 @@ import revcore_torch as revlib
 from revcore import SpecError
 from revcore_torch.memory import LiveBytes
 from revcore_torch.revlib import offload
-from tests.revlib.plain_revnet import PlainRevNet, assert_like_plain
+from tests.plain.pytorch import Plain
+from tests.revlib.comparison import assert_like_plain
 
 BETA = 0.99
 
@@ -69,7 +70,7 @@ def test_101_irevnet() -> None:
     net = model(norm=None)
     assert net(double(2, 3, 10, 10)).size() == (2, classes, 6, 6)  # as printed, 224 was to stay 224 without padding
     first, middle, last = copy.deepcopy([*net])
-    plain = nn.Sequential(first, PlainRevNet([*middle.children()]), last)
+    plain = nn.Sequential(first, Plain(*middle.children()), last)
     assert_like_plain(net, plain, double(2, 3, 10, 10), depth + 2, limit=64)
 
 
@@ -90,7 +91,7 @@ def test_101_momentum_net() -> None:
     )
     inp = double(2, channels * 2, 6, 6)
     assert rev_model(inp).size() == inp.size()
-    assert_like_plain(rev_model, PlainRevNet(copy.deepcopy(blocks), momentum_coupling_forward), inp, depth)
+    assert_like_plain(rev_model, Plain(*copy.deepcopy(blocks), update=momentum_coupling_forward), inp, depth)
 
 
 class Reformer(nn.Module):
@@ -137,8 +138,8 @@ def test_reformer() -> None:
     sizes: dict[str, Any] = {"bucket_size": 8, "lsh_hash_count": 2, "ff_chunks": 4, "output_classes": classes}
     model = Reformer(revlib.ReversibleSequential, sequence, 8, 2, 2, **sizes).double()
     assert model(torch.ones((2, sequence), dtype=torch.long)).size() == (2, sequence, classes)
-    plain = Reformer(lambda *blocks, split_dim: PlainRevNet(blocks, split_dim=split_dim), sequence, 8, 2, 2, **sizes)
-    plain.double().load_state_dict({k.replace("core.", "core.blocks."): v for k, v in model.state_dict().items()})
+    plain = Reformer(lambda *blocks, split_dim: Plain(*blocks, split_dim=split_dim), sequence, 8, 2, 2, **sizes)
+    plain.double().load_state_dict(model.state_dict())
     assert_like_plain(model, plain, torch.randint(256, (2, sequence)), 6, limit=64)
 
 
@@ -173,7 +174,7 @@ def test_172_reversible_backward() -> None:
     assert memory_utilization(revnet, features=2) == 3 * (2 * batch_size * 4)
     assert memory_utilization(networks(64)[1], features=2) == 3 * (2 * batch_size * 4)
     revnet = revnet.double()
-    plain = PlainRevNet([copy.deepcopy(next(revnet.children()))] * depth)
+    plain = Plain(*[copy.deepcopy(next(revnet.children()))] * depth)
     assert_like_plain(revnet, plain, double(8, 2), depth)
 
 
@@ -213,7 +214,7 @@ def test_172_coupling() -> None:
     ).double()
     inp = double(2, channels * 2, 6, 6)
     assert rev_model(inp).size() == inp.size()
-    plain = PlainRevNet(copy.deepcopy([*rev_model]), momentum_coupling_forward, torch.add)
+    plain = Plain(*copy.deepcopy([*rev_model]), update=(momentum_coupling_forward, torch.add))
     assert_like_plain(rev_model, plain, inp, 2 * depth)
 
 
@@ -228,7 +229,7 @@ def test_172_irevnet() -> None:
     assert out.size() == (1, classes, 8, 8)
     assert {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {1}  # type: ignore[arg-type]
     first, middle, last = copy.deepcopy([*twin])
-    plain = nn.Sequential(first, PlainRevNet([*middle.children()]), last)
+    plain = nn.Sequential(first, Plain(*middle.children()), last)
     assert_like_plain(twin, plain, double(2, 3, 8, 8), depth + 2, limit=64)
 
 

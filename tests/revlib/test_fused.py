@@ -14,7 +14,7 @@ import revcore_torch as revlib
 from revcore import InversionError, SpecError
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
 from revcore_torch.memory import LiveBytes
-from tests.revlib.plain_revnet import DEPTH, WIDTH, block, bytes_of, make_input
+from tests.revlib.comparison import DEPTH, WIDTH, block, bytes_of, make_input
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 

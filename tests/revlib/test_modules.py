@@ -16,10 +16,10 @@ from revcore_torch.core import MergeCalls, ReversibleWrapper, SingleBranchRevers
 from revcore_torch.memory import LiveBytes
 from revcore_torch.utils import module_list_to_momentum_net
 from tests.helpers import assert_close
-from tests.revlib.plain_revnet import (
+from tests.plain.pytorch import Plain
+from tests.revlib.comparison import (
     DEPTH,
     WIDTH,
-    PlainRevNet,
     assert_like_plain,
     block,
     damped,
@@ -58,12 +58,12 @@ def blocks_of(model: Chain) -> list[Any]:
 
 def test_chain_equals_the_plain_network() -> None:
     model = chain(DEPTH, lambda: block(0.4))
-    assert_like_plain(model, PlainRevNet(blocks_of(model)), make_input(), DEPTH)
+    assert_like_plain(model, Plain(*blocks_of(model)), make_input(), DEPTH)
 
 
 def test_chain_with_a_coupling_that_is_not_additive() -> None:
     model = chain(DEPTH, block, damped, undamped)
-    assert_like_plain(model, PlainRevNet(blocks_of(model), damped), make_input(), DEPTH)
+    assert_like_plain(model, Plain(*blocks_of(model), update=damped), make_input(), DEPTH)
 
 
 def test_chain_with_batch_norm_moves_statistics_once() -> None:
@@ -71,7 +71,7 @@ def test_chain_with_batch_norm_moves_statistics_once() -> None:
         return nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.BatchNorm1d(WIDTH), nn.Tanh()).double()
 
     model = chain(DEPTH, make)
-    assert_like_plain(model, PlainRevNet(blocks_of(model)), make_input(), DEPTH, limit=64)
+    assert_like_plain(model, Plain(*blocks_of(model)), make_input(), DEPTH, limit=64)
 
 
 def test_chain_keeps_two_streams_at_any_depth() -> None:
@@ -110,7 +110,7 @@ def test_single_branch_keeps_two_streams_at_any_depth() -> None:
 
 def test_autograd_grad_and_frozen_parameters() -> None:
     model = chain()
-    plain = PlainRevNet(blocks_of(model))
+    plain = Plain(*blocks_of(model))
     for net in (model, plain):
         for i, p in enumerate(net.parameters()):
             p.requires_grad_(i not in (0, 1, 2, 3, 9))
@@ -124,7 +124,7 @@ def test_autograd_grad_and_frozen_parameters() -> None:
 
 def test_second_derivatives_and_retained_graphs() -> None:
     model = chain(3)
-    plain = PlainRevNet(blocks_of(model))
+    plain = Plain(*blocks_of(model))
     x = make_input().requires_grad_()
 
     def twice(net: nn.Module) -> Any:
@@ -141,12 +141,12 @@ def test_chain_with_other_things_in_between() -> None:
     """A clone of the slots hides the link between the modules, and costs memory only."""
     model = chain()
     model.in_between = lambda streams: tuple(t.clone() for t in streams)
-    assert_like_plain(model, PlainRevNet(blocks_of(model)), make_input(), DEPTH)
+    assert_like_plain(model, Plain(*blocks_of(model)), make_input(), DEPTH)
 
 
 def test_without_gradients_and_under_functional_transforms() -> None:
     model = chain()
-    plain, x = PlainRevNet(blocks_of(model)), make_input()
+    plain, x = Plain(*blocks_of(model)), make_input()
     with torch.no_grad():
         assert torch.equal(model(x), plain(x))
     found, expected = (torch.func.grad(lambda x, net=net: net(x).pow(2).sum())(x) for net in (model, plain))
@@ -159,14 +159,14 @@ def test_modules_in_a_sequential_bring_their_couplings() -> None:
         blocks[0], revlib.ReversibleModule(blocks[1], damped, undamped), revlib.ReversibleModule(blocks[2]), blocks[3]
     )
     updates = torch.add, damped, torch.add, torch.add
-    assert_like_plain(model, PlainRevNet(copy.deepcopy(blocks), *updates), make_input(), 4)
+    assert_like_plain(model, Plain(*copy.deepcopy(blocks), update=updates), make_input(), 4)
     assert [*model] == blocks
 
 
 def test_memory_savings_and_cache_take_two_streams() -> None:
     x = make_input()
     one = block()
-    expected = PlainRevNet([one])(x)
+    expected = Plain(one)(x)
     cache = revlib.ReversibleModuleCache()
     for module in (revlib.ReversibleModule(one, memory_savings=False), revlib.ReversibleModule(one, cache=cache)):
         assert torch.equal(torch.cat(module(x.chunk(2, 1)), 1), expected)
@@ -204,7 +204,7 @@ def test_reverse_and_swap_of_both_versions() -> None:
     one, x = block(), make_input()
     x0, x1 = x.chunk(2, 1)
     zeros = torch.zeros_like(x0)
-    expected = PlainRevNet([one])(x)
+    expected = Plain(one)(x)
     a, _, b, _ = revlib.reverse_and_swap(
         x0, zeros, x1, zeros, one, revlib.additive_coupling_forward, revlib.momentum_coupling_inverse
     )

@@ -15,10 +15,10 @@ from revcore import SpecError
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll
 from revcore_torch.memory import LiveBytes
 from revcore_torch.revlib import offload
-from tests.revlib.plain_revnet import (
+from tests.plain.pytorch import Plain
+from tests.revlib.comparison import (
     DEPTH,
     WIDTH,
-    PlainRevNet,
     assert_like_plain,
     block,
     bytes_of,
@@ -47,7 +47,7 @@ SGD = functools.partial(torch.optim.SGD, lr=0.1)
 def test_memory_mode_is_a_policy(mode: Any, policy: Any) -> None:
     model = ReversibleSequential(*[block(0.3) for _ in range(DEPTH)], memory_mode=mode)
     assert model.policy == policy
-    assert_like_plain(model, PlainRevNet(copy.deepcopy([*model])), make_input(), DEPTH)
+    assert_like_plain(model, Plain(*copy.deepcopy([*model])), make_input(), DEPTH)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_none_in_a_list_is_the_additive_coupling() -> None:
         coupling_forward=[None, lambda x, f: 0.5 * x + f],
         coupling_inverse=[None, lambda y, f: (y - f) / 0.5],
     )
-    plain = PlainRevNet(copy.deepcopy([*model]), torch.add, lambda x, f: 0.5 * x + f)
+    plain = Plain(*copy.deepcopy([*model]), update=(torch.add, lambda x, f: 0.5 * x + f))
     assert_like_plain(model, plain, make_input(), 4)
 
 
@@ -149,7 +149,7 @@ def twice() -> nn.Module:
 )
 def test_offloaded_network_equals_the_plain_one(make: Any, policy: Any, moves: Moves) -> None:
     model = ReversibleSequential(*[make() for _ in range(3)], target_device="cpu", policy=policy)
-    plain = PlainRevNet(copy.deepcopy([*model]))
+    plain = Plain(*copy.deepcopy([*model]))
     before = {name: id(p) for name, p in (*model.named_parameters(), *model.named_buffers())}
     assert_like_plain(model, plain, make_input(), 3, limit=64)
     assert before == {name: id(p) for name, p in (*model.named_parameters(), *model.named_buffers())}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import revcore_torch as revlib
 from revcore import SpecError
 from tests.helpers import assert_close
-from tests.revlib.plain_revnet import PlainRevNet, assert_like_plain
+from tests.plain.pytorch import Plain
+from tests.revlib.comparison import assert_like_plain
 
 WIDTH, DEPTH, BETA = 4, 4, 0.9
 
@@ -20,8 +21,8 @@ def block() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()).double()
 
 
-def networks(*blocks: nn.Module) -> tuple[revlib.ReversibleSequential, PlainRevNet]:
-    return revlib.ReversibleSequential(*blocks), PlainRevNet(copy.deepcopy(blocks))
+def networks(*blocks: nn.Module) -> tuple[revlib.ReversibleSequential, Plain]:
+    return revlib.ReversibleSequential(*blocks), Plain(*copy.deepcopy(blocks))
 
 
 def make_input() -> Tensor:
@@ -50,7 +51,7 @@ def test_gradients_of_any_coupling() -> None:
     """Both versions took a coupling for its own derivative: 13 % off in a small MomentumNet, silently."""
     blocks = [block() for _ in range(DEPTH)]
     model = revlib.ReversibleSequential(*blocks, coupling_forward=[forward], coupling_inverse=[inverse])
-    assert_like_plain(model, PlainRevNet(copy.deepcopy(blocks), forward), make_input(), DEPTH)
+    assert_like_plain(model, Plain(*copy.deepcopy(blocks), update=forward), make_input(), DEPTH)
 
 
 def test_the_test_above_would_see_their_gradients() -> None:
@@ -69,7 +70,10 @@ def test_the_test_above_would_see_their_gradients() -> None:
 
     with pytest.raises(AssertionError, match="do NOT agree"):
         assert_like_plain(
-            PlainRevNet(copy.deepcopy(blocks), Theirs.apply), PlainRevNet(blocks, forward), make_input(), DEPTH
+            Plain(*copy.deepcopy(blocks), update=Theirs.apply),
+            Plain(*blocks, update=forward),
+            make_input(),
+            DEPTH,
         )
 
 
@@ -110,13 +114,13 @@ def test_every_memory_mode_runs(mode: revlib.MemoryModes) -> None:
     """1.7.2's ``checkpoint`` and ``autograd_graph`` fail under the PyTorch of today ("Tensor not found")."""
     blocks = [block() for _ in range(DEPTH)]
     model = revlib.ReversibleSequential(*blocks, memory_mode=mode)
-    assert_like_plain(model, PlainRevNet(copy.deepcopy(blocks)), make_input(), DEPTH)
+    assert_like_plain(model, Plain(*copy.deepcopy(blocks)), make_input(), DEPTH)
 
 
 def test_split_dim_none() -> None:
     """1.7.2 documents it, and fails to join the streams. Here both streams begin as the input; their mean comes out."""
     blocks = [block() for _ in range(3)]
-    model, plain = revlib.ReversibleSequential(*blocks, split_dim=None), PlainRevNet(blocks)
+    model, plain = revlib.ReversibleSequential(*blocks, split_dim=None), Plain(*blocks)
     x = make_input()[:, :WIDTH]
     expected = torch.stack(plain(torch.cat((x, x), 1)).chunk(2, 1)).mean(0)
     assert_close(model(x), expected)

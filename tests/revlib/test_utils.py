@@ -23,10 +23,11 @@ from revcore_torch.utils import (
     sequential_to_revnet,
 )
 from tests.helpers import assert_close
-from tests.revlib.plain_revnet import (
+from tests.plain import momentum
+from tests.plain.pytorch import Plain
+from tests.revlib.comparison import (
     DEPTH,
     WIDTH,
-    PlainRevNet,
     assert_like_plain,
     block,
     damped,
@@ -115,7 +116,7 @@ class Residual(nn.Module):
 
 def test_sequential_to_revnet_undoes_residual_connections() -> None:
     layers = nn.Sequential(*[Residual() for _ in range(DEPTH)])
-    plain = PlainRevNet(copy.deepcopy([layer.inner for layer in layers]))  # type: ignore[misc]
+    plain = Plain(*copy.deepcopy([layer.inner for layer in layers]))  # type: ignore[misc]
     assert_like_plain(sequential_to_revnet(layers, residual=True), plain, make_input(), DEPTH)
 
 
@@ -135,7 +136,7 @@ def test_momentum_net_is_revlibs_function_less_the_scale(beta: float) -> None:
     s, scaled = scaled_momentum_net(blocks, x, beta)
     net = sequential_to_momentum_net(nn.Sequential(*blocks), beta=beta)
     assert_close([*net(x).chunk(2, 1)], [s, scaled * beta**DEPTH], depth=DEPTH)
-    pairs = PlainRevNet(copy.deepcopy([*net]), torch.add, lambda x, f: beta * x + (1 - beta) * f)
+    pairs = Plain(*copy.deepcopy([*net]), update=(torch.add, momentum(beta)))
     assert_like_plain(net, pairs, x, DEPTH, limit=16 / beta**DEPTH)
 
 

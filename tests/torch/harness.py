@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 import revcore
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll, reversible
+from tests.plain.pytorch import Plain
 
 WIDTH = 6
 Case = Callable[[Any], Any]
@@ -61,31 +62,6 @@ def train(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
     y = model(x, *args, **kwargs)
     y.pow(2).sum().backward()
     return [y, x.grad]
-
-
-class Plain(nn.Sequential):
-    """The network that the reversible one must equal, in PyTorch alone: update one stream, hand the others on."""
-
-    def __init__(self, *blocks: Any, num_streams: int = 2, update: Callable[[Tensor, Any], Tensor] = torch.add) -> None:
-        super().__init__(*blocks)
-        self.num_streams, self.update = num_streams, update
-
-    def streams(self, streams: Sequence[Tensor], *args: Any, layerwise_args_kwargs: Any = None, **kwargs: Any) -> Any:
-        streams, aux = tuple(streams), []
-        for block, (more_args, more_kwargs) in zip(self, layerwise_args_kwargs or [((), {})] * len(self), strict=True):
-            f = block(streams[1], *args, *more_args, **kwargs, **more_kwargs)
-            more = ()
-            if isinstance(f, tuple) and self.update is torch.add:
-                f, *more = f
-            aux.append(tuple(more))
-            streams = (*streams[1:], self.update(streams[0], f))
-        return (streams, aux) if any(aux) else streams
-
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = self.streams(input.chunk(self.num_streams, 1), *args, **kwargs)
-        if isinstance(result[0], tuple):
-            return torch.cat(result[0], 1), result[1]
-        return torch.cat(result, 1)
 
 
 def run_streams(model: Any, streams: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:

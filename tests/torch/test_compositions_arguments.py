@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import revcore
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll, reversible
-from tests.torch.harness import EVERYTHING, WIDTH, Apply, Plain, block, make_input, run_streams, train
+from tests.plain.pytorch import Plain
+from tests.torch.harness import EVERYTHING, WIDTH, Apply, block, make_input, run_streams, train
 from tests.torch.registry import Section
 
 given = Section("Arguments of blocks")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import revcore
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, reversible
-from tests.torch.harness import EVERYTHING, WIDTH, Apply, Plain, block, dropout_block, make_input, run_streams, train
+from tests.plain.pytorch import Plain
+from tests.torch.harness import EVERYTHING, WIDTH, Apply, block, dropout_block, make_input, run_streams, train
 from tests.torch.registry import Section
 
 ask = Section("Asking for gradients")

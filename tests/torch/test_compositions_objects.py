@@ -13,7 +13,8 @@ from torch import nn
 
 import revcore
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll, reversible
-from tests.torch.harness import WIDTH, Plain, block, dropout_block, make_input, train
+from tests.plain.pytorch import Plain
+from tests.torch.harness import WIDTH, block, dropout_block, make_input, train
 from tests.torch.registry import Section
 
 objects = Section("The model as an object")

@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 import revcore
 import revcore_torch
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll, outside
+from tests.plain.pytorch import Plain
 from tests.torch.harness import (
     EVERYTHING,
     KEPT,
     WIDTH,
     Apply,
-    Plain,
     after_linear,
     as_image,
     block,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import revcore
 import revcore_torch
 from revcore_torch import replay, tape
+from tests.plain.pytorch import Plain
 from tests.torch import registry
-from tests.torch.harness import POLICIES, Plain, Setting, block, check, dropout_block, make_input, models, train
+from tests.torch.harness import POLICIES, Setting, block, check, dropout_block, make_input, models, train
 
 
 def test_the_table_is_that_of_the_tests() -> None:

@@ -1,31 +1,13 @@
-"""What networks written for revlib must equal: the same steps in PyTorch alone, everything stored."""
+"""Runs networks that were written for revlib, and the same steps in PyTorch alone, and compares all that is seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tests.helpers import assert_close
-
-
-class PlainRevNet(nn.Module):
-    """``x0, x1 ← x1, update(x0, f(x1))`` for each block."""
-
-    def __init__(
-        self, blocks: Sequence[nn.Module], *updates: Callable[[Tensor, Any], Tensor], split_dim: int = 1
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.updates, self.split_dim = updates or (torch.add,), split_dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        x0, x1 = x.chunk(2, self.split_dim)
-        for i, block in enumerate(self.blocks):
-            x0, x1 = x1, self.updates[i % len(self.updates)](x0, block(x1))
-        return torch.cat((x0, x1), self.split_dim)
 
 
 def outcome(model: nn.Module, x: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
