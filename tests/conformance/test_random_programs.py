@@ -206,7 +206,7 @@ def check(backend: Backend, case: Case, policy: Policy) -> None:
         assert report.ok, str(report)
 
 
-@settings(max_examples=15, phases=[Phase.generate])
+@settings(max_examples=12, phases=[Phase.generate])
 @given(cases(), POLICIES, st.data())
 def test_numpy_torch_and_jax_agree(case: Case, policy: Policy, data: st.DataObject) -> None:
     agree(case, policy, data)

@@ -136,7 +136,6 @@ def a_wrong_gradient_is_seen(rank: int, world: int) -> None:
         assert_close(trained(engine), expected, TOLERANCE)
 
 
-@CASES
 def compiled(rank: int, world: int) -> None:
     data, stored = batches(), Transformer(2, reversible=False)
     train_alone(stored, data)
@@ -147,6 +146,9 @@ def compiled(rank: int, world: int) -> None:
         train(engine, data, rank, world)
     ours = {name.replace("_orig_mod.", ""): p for name, p in trained(engine).items()}
     assert_close(ours, values_of(stored), TOLERANCE)
+
+
+CASES.add("compiled", compiled, long=True)  # eight seconds a rank; DDP and FSDP2 have compiled blocks in the fast tier
 
 
 @CASES

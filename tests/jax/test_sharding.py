@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from revcore import Reverse, SpecError, StoreAll
 from revcore_jax import reversible
+from tests.distributed.ranks import JAX, Ranks
 from tests.helpers import once
 from tests.jax.plain_network import (
     KINDS,
@@ -289,12 +289,9 @@ def failures(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Conf
 
     def start(folder: Path) -> None:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-m", "tests.jax.test_sharding", which], cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        (folder / "failures.json").write_text(done.stdout)
+        command = ["-W", "error", "-m", "tests.jax.test_sharding", which, folder / "failures.json"]
+        with Ranks(command, 1, folder, {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}, JAX) as ranks:
+            assert ranks.wait() == [0], ranks.said()
 
     return json.loads((once(tmp_path_factory, "jax_sharding", start) / "failures.json").read_text())
 
@@ -324,4 +321,5 @@ def test_a_stream_that_changes_its_sharding_is_refused(kind: Kind) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(everything=sys.argv[1:] == ["all"])))
+    which, results = sys.argv[1:]
+    Path(results).write_text(json.dumps(run(everything=which == "all")))
