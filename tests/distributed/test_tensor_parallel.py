@@ -126,7 +126,7 @@ def streams_that_are_parted_themselves(rank: int, world: int) -> None:
         return {"x": whole(x.grad), **gradients(body)}
 
     for place, turned in ((Replicate(), False), (Shard(0), True), (Shard(1), True), (Shard(2), False)):
-        plain = run(Plain, place, turned)
+        plain = run(Plain, place, turned, split_dim=-1)
         for policy in (Reverse(), Checkpoint()):
             assert_close(run(ReversibleSequential, place, turned, split_dim=-1, policy=policy), plain)
 
