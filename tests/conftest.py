@@ -35,7 +35,7 @@ if os.environ.get("JAX_PLATFORMS") == "cpu":
     os.environ["XLA_FLAGS"] = f"{quick} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
-# Where pytest's workers find the processes that ranks are forked from (tests/distributed/template.py)
+# Where pytest's workers find the processes that ranks are forked from (tests/template.py)
 _TEMPLATES = None if "REVCORE_TEMPLATES" in os.environ else tempfile.TemporaryDirectory(prefix="revcore-")
 if _TEMPLATES is not None:
     os.environ["REVCORE_TEMPLATES"] = _TEMPLATES.name

@@ -44,7 +44,6 @@ from tests.tiers import product
 
 DEVICES, ROWS, D = 8, 8, 4
 DTYPES = "float64", "float32"
-ROOT = Path(__file__).parents[2]
 EXACTLY = PROGRAMS["repeat"].exact(guard=1)
 Case = Callable[[Net, Any, Any], Any]
 
