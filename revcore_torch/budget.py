@@ -34,6 +34,7 @@ from revcore.step import Anchor
 from revcore_torch import replay
 from revcore_torch.fakes import faking, real_gradients_kept
 from revcore_torch.memory import Meter
+from revcore_torch.reach import modules_of
 from revcore_torch.steps import Arguments
 from revcore_torch.tape import run
 
@@ -95,7 +96,7 @@ def _situation(blocks: Sequence[Any], given: Any, arguments: Arguments) -> Any:
     """Return all that memory depends on, beside the objects themselves."""
     leaves, spec = pytree.tree_flatten((given, arguments.flat[0]))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    modules = [module for block in blocks for module in replay.modules_of(block)]
+    modules = [module for block in blocks for module in modules_of(block)]
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     return (
         tuple(_form(leaf) for leaf in leaves),

@@ -34,6 +34,7 @@ from revcore_torch import fakes, replay
 from revcore_torch.detect import nodes_of
 from revcore_torch.drift import warn_once
 from revcore_torch.functional import as_is, check, wide
+from revcore_torch.reach import modules_of
 from revcore_torch.steps import Arguments, Streams, make_calls, narrowed, widened
 
 
@@ -122,6 +123,7 @@ def joined(
     split: Callable[[Any], Any],
     join: Callable[[Any], Any],
     stream_dtype: Any,
+    determinism_check: str,
 ) -> Any:
     """What :func:`revcore_torch.functional.joined` is to dynamo."""
     parts = tuple(split(given))
@@ -137,7 +139,9 @@ def joined(
     counts = (len(policies) if by_step else 0, len(blocks), len(streams))
     plan = _plans[_plan(owner, spec, flags, *counts, recording, *policies, *blocks, *tensors)]
     if plan.outside is not None:
-        streams, aux = _OUTSIDE[plan.outside](owner, blocks, parts, args, kwargs, layerwise, policy, stream_dtype)
+        streams, aux = _OUTSIDE[plan.outside](
+            owner, blocks, parts, args, kwargs, layerwise, policy, stream_dtype, determinism_check
+        )
         result = narrowed(join(streams), dtypes)
         return (result, aux) if any(aux) else result
     arguments = Arguments(args, kwargs, layerwise, dtypes)
@@ -388,7 +392,7 @@ def _obstacle(
     program: Program, blocks: Sequence[Any], streams: Streams, arguments: Arguments, reversing: bool
 ) -> str | None:
     """Return why the blocks cannot be traced as if they were functions; ``None`` where they can."""
-    modules = [m for block in blocks for m in replay.modules_of(block)]
+    modules = [m for block in blocks for m in modules_of(block)]
     if any(m._backward_hooks or m._backward_pre_hooks for m in modules):
         return "hooks"
     if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for m in modules for p in m.parameters(recurse=False)):
@@ -410,7 +414,7 @@ def _obstacle(
 def _try(
     program: Program, blocks: Sequence[Any], streams: Streams, arguments: Arguments, reversing: bool
 ) -> str | None:
-    modules = [m for block in blocks for m in replay.modules_of(block)]
+    modules = [m for block in blocks for m in modules_of(block)]
     buffers = [(b, b._version) for m in modules for b in m.buffers(recurse=False)]
     known = {id(p) for m in modules for p in m.parameters(recurse=False)}
     known |= {id(t) for t in pytree.tree_leaves((streams, arguments.args, arguments.kwargs, arguments.layerwise))}
@@ -459,9 +463,12 @@ def _run_outside(
     layerwise: Any,
     policy: Policy,
     stream_dtype: Any,
+    determinism_check: str,
 ) -> Any:
     blocks = [_compiled.get(b, b) if isinstance(b, nn.Module) else b for b in blocks]
-    return wide(owner, blocks, streams, args, kwargs, layerwise, policy, as_is, as_is, stream_dtype)[:2]
+    return wide(owner, blocks, streams, args, kwargs, layerwise, policy, as_is, as_is, stream_dtype, determinism_check)[
+        :2
+    ]
 
 
 # Why a network is run outside of the graph; dynamo shows it where fullgraph=True was asked for.

@@ -16,6 +16,8 @@ from revcore.policy import MemoryBudget, Policy, Reverse, StoreAll, check_policy
 from revcore.program import Program
 from revcore.step import Anchor, Couple
 from revcore_torch import budget, replay
+from revcore_torch.determinism import check_name
+from revcore_torch.reach import held_by
 from revcore_torch.steps import Arguments, Call, Dtypes, is_tensor, make_calls, narrowed, widened
 from revcore_torch.tape import _can_record, run
 
@@ -30,6 +32,7 @@ def reversible(
     layerwise_args_kwargs: Layerwise = None,
     policy: Policy = Reverse(),  # noqa: B008 - frozen
     stream_dtype: torch.dtype | str | None = None,
+    determinism_check: str = "values",
     **kwargs: Any,
 ) -> Any:
     """Run ``program`` on ``streams``; the backward pass rebuilds what ``policy`` did not keep.
@@ -48,6 +51,11 @@ def reversible(
             coupled in ``stream_dtype``, and the result is in the dtype that came in. An ``Anchor``'s block gets and
             returns streams as any block does; a ``Bijection``'s gets them as they are held, for what it rounded away
             its inverse could not bring back. ``None``: streams as they come.
+        determinism_check: how a block's second run is compared with its first. ``"values"``: a few values of its
+            output, its sources and its saved tensors, within what rounding and measured drift explain; ``"shapes"``:
+            number, shapes and dtypes of its saved tensors, as ``torch.utils.checkpoint`` does; ``"none"``: not at all.
+            In a network that ``torch.compile`` takes as a whole there is no second run to look at. See "What is
+            checked" in ``docs/numerics.md``.
 
     Returns:
         The streams as a tuple in ``program.output`` order; ``(streams, aux)`` if any block returned more than its
@@ -74,7 +82,10 @@ def reversible(
     >>> reversible(revcore.revnet(2), [torch.sin, torch.cos], (x, x), stream_dtype="float32")[0].dtype
     torch.bfloat16
     """
-    return joined(program, blocks, streams, args, kwargs, layerwise_args_kwargs, policy, as_is, as_is, stream_dtype)
+    return joined(
+        program, blocks, streams, args, kwargs, layerwise_args_kwargs, policy, as_is, as_is, stream_dtype,
+        check_name(determinism_check),
+    )  # fmt: skip
 
 
 def joined(*call: Any) -> Any:
@@ -110,6 +121,7 @@ def wide(
     split: Callable[[Any], Any],
     join: Callable[[Any], Any],
     stream_dtype: Any,
+    determinism_check: str,
 ) -> tuple[Any, list[tuple[Any, ...]], Dtypes | None]:
     """Run :func:`reversible` on the streams that ``split`` makes of ``given``; ``join`` makes one output of the last.
 
@@ -124,7 +136,7 @@ def wide(
         recorded = _can_record()
         ways = lambda x: widened(split(x), stream_dtype)[0], lambda y: narrowed(join(y), arguments.dtypes)
         policy = budget.choose(policy, program, blocks, given, arguments, *ways) if recorded else StoreAll()
-    streams, aux = run(program, blocks, streams, arguments, policy)
+    streams, aux = run(program, blocks, streams, arguments, policy, determinism_check=determinism_check)
     return join(tuple(streams[i] for i in program.output)), aux, arguments.dtypes
 
 
@@ -216,7 +228,7 @@ def _without_trace(call: Call, streams: tuple[Tensor, ...]) -> Iterator[None]:
     """Let the block run, put its buffers back, and refuse it if it drew random numbers."""
     devices = replay.random_devices(streams)
     random = replay.random_state(devices)
-    with replay.Buffers(replay.modules_of(call.block)).as_now():
+    with replay.Buffers(held_by(call.block)).as_now():
         yield
     if replay.random_state(devices) != random:
         replay.set_random_state(devices, random)

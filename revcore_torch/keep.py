@@ -104,7 +104,7 @@ class Kept:
 
 
 class _Result:
-    __slots__ = ("held", "random", "spec", "tensors", "versions", "written")
+    __slots__ = ("held", "own", "random", "spec", "tensors", "versions", "written")
 
     def __init__(self, out: Any, random: replay.RandomState | None) -> None:
         leaves, self.spec = pytree.tree_flatten(out)
@@ -114,10 +114,17 @@ class _Result:
             self.tensors: list[Any] = [t.detach() if isinstance(t, Tensor) else t for t in leaves]
         self.versions = [t._version for t in self.tensors if isinstance(t, Tensor)]
         self.held: list[Any] = []
+        self.own: dict[Any, Any] | None = None  # a generator that the operation was given, and its state after that
         self.written = False
 
     def lies_in(self, memory: int) -> bool:
         return any(isinstance(t, Tensor) and replay.memory_of(t) == memory for t in self.tensors)
+
+    @property
+    def was_changed(self) -> bool:
+        """Whether what is kept was changed since."""
+        held = [h for h in self.held if isinstance(h, Tensor)]
+        return len(held) == len(self.versions) and [h._version for h in held] != self.versions
 
     def store(self, offload: bool) -> None:
         self.held = [to_host(t) if offload and isinstance(t, Tensor) else t for t in self.tensors]
@@ -146,6 +153,7 @@ class _First(_Mode):
             return func(*args, **kwargs)
         draws = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         before = replay.random_state(self.devices) if draws else None
+        own = kwargs.get("generator")
         out = func(*args, **kwargs)
         if _is_mutable(func):
             self.kept.note_written(func, args, kwargs)
@@ -155,6 +163,7 @@ class _First(_Mode):
             # what is drawn after an operation that is not run again must be drawn from where that one left off
             after = replay.random_state(self.devices) if draws else None
             result = _Result(out, after if after != before else None)
+            result.own = None if own is None else replay.states_of([own])
         self.kept.results.setdefault(func, []).append(result)
         return out
 
@@ -175,6 +184,13 @@ class _Again(_Mode):
             return func(*args, **(kwargs or {}))
         if result.random is not None:
             replay.set_random_state(self.devices, result.random)
+        if result.own is not None:
+            replay.set_states(result.own)
+        if result.was_changed:
+            raise InversionError(
+                f"the result of {func}, which recompute= keeps, was changed in place after the forward pass: an extra "
+                "output shares its memory, or the block gave it away. Change a clone, or do not keep that operation"
+            )
         return result.value()
 
 

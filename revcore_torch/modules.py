@@ -17,6 +17,7 @@ from revcore.laws import InverseReport
 from revcore.policy import Policy, Reverse, check_policy
 from revcore.program import Program
 from revcore_torch import signatures
+from revcore_torch.determinism import check_name
 from revcore_torch.functional import Layerwise, eager, inverse, inverse_report, joined
 from revcore_torch.steps import dtype_of, gathered, spread
 
@@ -47,6 +48,8 @@ class ReversibleSequential(nn.Sequential):
         policy: what the backward pass keeps and rebuilds; never changes a value. ``model.policy`` may be set later.
         stream_dtype: in which streams are held between the blocks, as :func:`reversible` has it: ``"float32"`` under a
             model in bfloat16 or float16 keeps the rebuild from drifting. ``model.stream_dtype`` may be set later.
+        determinism_check: ``"values"``, ``"shapes"`` or ``"none"``: how a block's second run is compared with its
+            first, as :func:`reversible` has it. ``model.determinism_check`` may be set later.
         **revlib: ``memory_mode``, ``target_device`` and ``fused_optimizer`` of the library of that name
             (:class:`revcore_torch.revlib.options.Options`).
 
@@ -72,6 +75,7 @@ class ReversibleSequential(nn.Sequential):
         program: Program | None = None,
         policy: Policy = _REVERSE,
         stream_dtype: torch.dtype | str | None = None,
+        determinism_check: str = "values",
         **revlib: Any,
     ) -> None:
         if any(getattr(module, "is_one_step", False) for module in modules):
@@ -91,6 +95,7 @@ class ReversibleSequential(nn.Sequential):
         self.split_dim = split_dim
         self.policy = policy
         self.stream_dtype = stream_dtype
+        self.determinism_check = determinism_check
         self.revlib = None
         if revlib:
             from revcore_torch.revlib.options import Options
@@ -109,6 +114,15 @@ class ReversibleSequential(nn.Sequential):
     @stream_dtype.setter
     def stream_dtype(self, stream_dtype: torch.dtype | str | None) -> None:
         self._stream_dtype = dtype_of(stream_dtype)
+
+    @property
+    def determinism_check(self) -> str:
+        """How a block's second run is compared with its first."""
+        return self._determinism_check
+
+    @determinism_check.setter
+    def determinism_check(self, determinism_check: str) -> None:
+        self._determinism_check = check_name(determinism_check)
 
     @property
     def policy(self) -> Policy:
@@ -146,6 +160,7 @@ class ReversibleSequential(nn.Sequential):
             num_streams=self.num_streams,
             policy=self.policy,
             stream_dtype=self.stream_dtype,
+            determinism_check=self.determinism_check,
             **options,
         )
         return part.train(self.training)
@@ -169,6 +184,7 @@ class ReversibleSequential(nn.Sequential):
             self.split,
             self.merge,
             self.stream_dtype,
+            self.determinism_check,
         )
 
     def inverse(self, output: Tensor, *args: Any, layerwise_args_kwargs: Layerwise = None, **kwargs: Any) -> Tensor:

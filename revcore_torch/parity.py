@@ -18,6 +18,7 @@ from revcore_torch import replay
 from revcore_torch.functional import reversible
 from revcore_torch.modules import ReversibleSequential
 from revcore_torch.neutral import _to_torch, from_neutral, to_neutral
+from revcore_torch.reach import held_by
 
 __all__ = ["parameters", "record"]
 
@@ -207,7 +208,7 @@ def _unchanged(model: nn.Module, given: Sequence[Tensor]) -> Iterator[dict[str, 
     for p in frozen:
         p.requires_grad_(True)
     try:
-        with replay.Buffers(replay.modules_of(model)).as_now(), torch.enable_grad():
+        with replay.Buffers(held_by(model)).as_now(), torch.enable_grad():
             yield parameters
     finally:
         for p in frozen:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import pickle
+import random
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,12 +19,16 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from revcore.errors import InversionError
 from revcore_torch import outside
+from revcore_torch.reach import Held
 from revcore_torch.sharded import is_flattened, is_sharded
+from revcore_torch.watch import is_faking
 
 _thread = threading.local()
 _NOTHING = contextlib.nullcontext()
@@ -140,55 +147,60 @@ def check_random_state(devices: tuple[torch.device, ...], states: tuple[RandomSt
 
 
 class Generators:
-    """The generators that a block owns or is given, and their states from before."""
+    """The generators that a block holds or is given, and their states from before."""
 
     __slots__ = ("_before",)
 
-    def __init__(self, generators: Sequence[torch.Generator]) -> None:
-        self._before = _states(generators)
+    def __init__(self, generators: Sequence[Any]) -> None:
+        self._before = states_of(generators)
 
     def settle(self) -> Generators | None:
         """Call it after the block ran: forget those that did not move, and all if none did."""
-        now = _states([*self._before])
+        now = states_of([*self._before])
         self._before = {generator: state for generator, state in self._before.items() if now[generator] != state}
         return self if self._before else None
 
     def take_back(self) -> None:
-        _set_states(self._before)
+        set_states(self._before)
 
     @contextlib.contextmanager
     def as_before(self) -> Iterator[None]:
         """Put them into the states from before, and back."""
-        now = _states([*self._before])
-        _set_states(self._before)
+        now = states_of([*self._before])
+        set_states(self._before)
         try:
             yield
         finally:
-            _set_states(now)
+            set_states(now)
 
 
-def generators_of(modules: Sequence[nn.Module]) -> list[torch.Generator]:
-    """Return the generators that modules hold as attributes. Those of torch hold none."""
-    found = []
-    for module in modules:
-        attributes = vars(module)
-        if len(attributes) > _NUM_ATTRIBUTES and type(module).__module__[:9] != "torch.nn.":
-            found += [value for value in attributes.values() if type(value) is torch.Generator]
-    return found
-
-
-_NUM_ATTRIBUTES = len(vars(nn.Module()))  # of a module that has none of its own
-
-
-def _states(generators: Sequence[torch.Generator]) -> dict[torch.Generator, bytes]:
+def states_of(generators: Sequence[Any]) -> dict[Any, Any]:
     with _unseen():
-        return {generator: generator.get_state().numpy().tobytes() for generator in generators}
+        return {generator: _state(generator) for generator in generators}
 
 
-def _set_states(states: dict[torch.Generator, bytes]) -> None:
+def _state(generator: Any) -> Any:
+    """Return the state of a generator of torch, numpy or Python, as what can be compared."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state().numpy().tobytes()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if hasattr(generator, "get_state"):  # numpy's old kind keeps more than its bits: the second of two normal numbers
+        return pickle.dumps(generator.get_state(legacy=False))
+    return pickle.dumps(getattr(generator, "bit_generator", generator).state)
+
+
+def set_states(states: dict[Any, Any]) -> None:
     with _unseen():
         for generator, state in states.items():
-            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+            if isinstance(generator, torch.Generator):
+                generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+            elif isinstance(generator, random.Random):
+                generator.setstate(state)
+            elif hasattr(generator, "set_state"):
+                generator.set_state(pickle.loads(state))
+            else:
+                getattr(generator, "bit_generator", generator).state = pickle.loads(state)
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
@@ -267,49 +279,90 @@ def _default_device() -> torch.device | None:
     return None
 
 
+def function_modes() -> list[Any]:
+    """Return the user's ``TorchFunctionMode`` objects that are entered, the innermost last."""
+    size = torch._C._len_torch_function_stack()
+    return [m for m in map(torch._C._get_function_stack_at, range(size)) if not isinstance(m, DeviceContext)]
+
+
+def suspended(modes: Sequence[Any]) -> list[Any]:
+    """Return those of ``modes`` that are open around us, and put aside meanwhile.
+
+    ``loss.backward()`` is a torch function itself: a mode around it is taken off the stack while its own handler runs,
+    and the whole backward pass runs inside that. One that was left before the backward pass has no handler running.
+    """
+    if not modes or not (missing := [m for m in modes if m not in function_modes()]):
+        return []
+    running = set()
+    for frame in sys._current_frames().values():  # on a GPU the backward pass runs in a thread of autograd's
+        while frame is not None:
+            if frame.f_code.co_name == "__torch_function__":
+                running |= {id(value) for value in frame.f_locals.values() if isinstance(value, TorchFunctionMode)}
+            frame = frame.f_back
+    return [m for m in missing if id(m) in running]
+
+
+@contextlib.contextmanager
+def parametrizations_as(keys: frozenset[Any]) -> Iterator[None]:
+    """Let ``parametrize.cached()`` hold what it held under ``keys``, and no more, meanwhile."""
+    now, enabled = parametrize._cache, parametrize._cache_enabled
+    parametrize._cache, parametrize._cache_enabled = {key: now[key] for key in keys if key in now}, 1
+    try:
+        yield
+    finally:
+        parametrize._cache, parametrize._cache_enabled = now, enabled
+
+
+def cached_parametrizations() -> frozenset[Any] | None:
+    """Return under which keys ``parametrize.cached()`` holds tensors; ``None`` where it is not open."""
+    return frozenset(parametrize._cache) if parametrize._cache_enabled else None
+
+
 # --- buffers and parameters -------------------------------------------------------------------------------------------
-
-
-def modules_of(block: Any) -> list[nn.Module]:
-    """Return a block's modules; unlike ``modules()``, one that is shared inside the block as often as it occurs."""
-    found = [block] if isinstance(block, nn.Module) else []
-    for module in found:
-        if module._modules:
-            found += [child for child in module._modules.values() if child is not None]
-    return found
 
 
 class Buffers:
     """The buffers that a block changes when it runs, and their values from before.
 
-    Batch statistics are listed by kind, for ``native_batch_norm`` changes them without a trace; all others by
-    whether their version moved; and those that the block replaced, by what lies in their place.
+    A version tells of most changes. It does not of batch statistics (``native_batch_norm``), nor of ``buffer.data``: so
+    values are compared too, on a CPU; elsewhere that would wait for the device, and small ones are taken to have
+    changed. Those that the block replaced are known by what lies in their place.
     """
 
-    __slots__ = ("_before", "_old_statistics", "_places", "_replaced", "_statistics", "_watched")
+    __slots__ = ("_before", "_places", "_replaced", "_watched")
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._statistics: list[Tensor] = []
-        self._watched: list[tuple[Tensor, int, Tensor]] = []
+    def __init__(self, held: Held) -> None:
+        # with the version and value of before (no version: it changes for sure), and whether it is registered
+        self._watched: list[tuple[Tensor, int | None, Tensor | None, bool]] = []
         self._places: list[tuple[Place, Place]] = []
-        for module in modules:
+        self._before: list[tuple[Tensor, Tensor | None]] = []
+        self._replaced: list[tuple[Place, Place]] = []
+        for module in (*held.modules, *held.others):
             if not module._buffers:
                 continue
-            self._places.append((module._buffers, module._buffers.copy()))
-            buffers = [b for b in module._buffers.values() if b is not None]
-            if isinstance(module, _NormBase):
-                self._statistics += buffers if module.training else []
-            else:
-                usual = [b for b in buffers if not is_lazy(b) and not b.is_inference()]
-                self._watched += [(b, b._version, b.detach().clone()) for b in usual]
-        self._old_statistics = [None if is_lazy(b) else b.detach().clone() for b in self._statistics]
-        self._before: list[tuple[Tensor, Tensor]] = []
-        self._replaced: list[tuple[Place, Place]] = []
+            if isinstance(module._buffers, dict):  # not of a TorchScript module
+                self._places.append((module._buffers, module._buffers.copy()))
+            is_statistic = isinstance(module, _NormBase) and module.training
+            for buffer in module._buffers.values():
+                if buffer is not None:
+                    self._watch(buffer, is_statistic)
+        for tensor in held.tensors:
+            self._watch(tensor, False, False)
+
+    def _watch(self, buffer: Tensor, changes: bool, is_registered: bool = True) -> None:
+        if is_lazy(buffer) or buffer.is_inference():
+            if changes:
+                self._watched.append((buffer, None, None, True))
+            return
+        with _unseen(), torch._C.DisableTorchFunction():  # pyright: ignore[reportAttributeAccessIssue]
+            old = buffer.detach().clone()
+        self._watched.append((buffer, None if changes else buffer._version, old, is_registered))
 
     def settle(self) -> None:
-        """Call it after the block ran: keep the old values of those that moved, forget the rest."""
+        """Call it after the block ran: keep the old values of those that changed, forget the rest."""
         if self._watched:
-            self._before += [(b, old) for b, version, old in self._watched if b._version != version]
+            with _unseen(), torch._C.DisableTorchFunction():  # pyright: ignore[reportAttributeAccessIssue]
+                self._before += [(b, old) for b, version, old, by in self._watched if _has_changed(b, version, old, by)]
             self._watched = []
         if self._places:
             self._replaced += [
@@ -323,45 +376,56 @@ class Buffers:
         """Undo what the block did: a later one failed, or it did itself."""
         self.settle()
         put(self._replaced)
-        for buffer, old in (*zip(self._statistics, self._old_statistics, strict=True), *self._before):
-            if old is not None:
-                buffer.data.copy_(old)
-
-    def keep(self) -> None:
-        """Say that nothing will be taken back; the second run needs no old statistics."""
-        self._old_statistics = []
+        self._put_values(self._before)
 
     @property
     def moved(self) -> bool:
         """Whether the block changed any."""
-        return bool(self._statistics or self._before or self._replaced)
+        return bool(self._before or self._replaced)
 
     @property
     def changing(self) -> list[Tensor]:
         """The buffers that the block changes."""
-        return [*self._statistics, *(b for b, _ in self._before)]
+        return [b for b, _ in self._before]
 
     def as_now(self) -> contextlib.AbstractContextManager[None]:
         """Let the block run meanwhile, and afterwards put back what is there now."""
-        self._before = [(b, old) for b, _, old in self._watched]
+        self._before = [(b, old) for b, _, old, _ in self._watched]
         self._replaced = self._places
         return self.as_before()
 
     @contextlib.contextmanager
     def as_before(self) -> Iterator[None]:
         """Give the block the buffers it had, and afterwards put back what is there now, in place."""
-        changing = self.changing
-        now, there = [b.detach().clone() for b in changing], [(place, place.copy()) for place, _ in self._replaced]
-        # through .data: a restored value is no change that autograd should count
-        for buffer, old in self._before:
-            buffer.data.copy_(old)
+        now = [(b, b.detach().clone()) for b in self.changing]
+        there = [(place, place.copy()) for place, _ in self._replaced]
+        self._put_values(self._before)
         put(self._replaced)
         try:
             yield
         finally:
             put(there)
-            for buffer, value in zip(changing, now, strict=True):
+            self._put_values(now)
+
+    @staticmethod
+    def _put_values(values: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        for buffer, value in values:
+            if value is not None:
+                # through .data: a restored value is no change that autograd should count
                 buffer.data.copy_(value)
+
+
+_SMALL = 1 << 16  # elements: such a buffer's old value may be kept on a device, whether it changed or not
+
+
+def _has_changed(buffer: Tensor, version: int | None, old: Tensor | None, is_registered: bool) -> bool:
+    if version is None or old is None or buffer._version != version:
+        return True
+    if type(buffer) is not Tensor or buffer.shape != old.shape or is_faking():
+        return False  # to compare the parts of a sharded tensor, ranks would have to meet
+    if buffer.device.type == "cpu":
+        return not torch.equal(buffer, old)
+    return is_registered and buffer.device.type != "meta" and buffer.numel() <= _SMALL
 
 
 Place = dict[str, Tensor | None]
@@ -386,9 +450,11 @@ class Parameters:
     share, are different objects that hold the same numbers. So do those that ZeRO-3 gathers, by ``p.data = …``.
     """
 
-    __slots__ = ("_modules", "_places")
+    __slots__ = ("_modules", "_places", "_training")
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, held: Held) -> None:
+        modules = held.modules
+        self._training = [(m, m.training) for m in (*modules, *held.others)]
         self._modules = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         self._places = [
             (m, m._parameters, name, _identity(parameter))
@@ -405,14 +471,14 @@ class Parameters:
     def check(self, index: int) -> list[Tensor]:
         """Refuse to run block ``index`` again with other parameters; return those frozen or unfrozen since then."""
         for place, name, child in self._modules:
-            if place.get(name) is not child:
+            if _at(place, name) is not child:
                 raise InversionError(
                     f"block of step {index} cannot be run again: its parameters are other objects than in the forward "
                     f"pass (module {name} was replaced). Call backward before that"
                 )
         toggled = []
         for module, place, name, then in self._places:
-            now = _identity(place.get(name))
+            now = _identity(_at(place, name))
             if now == then:
                 continue
             if now[0] != then[0]:
@@ -434,6 +500,23 @@ class Parameters:
                 toggled.append(place[name])
         return toggled
 
+    @property
+    def switched(self) -> list[nn.Module]:
+        """The modules that are in training now and were not then, or the other way round."""
+        return [module for module, then in self._training if module.training != then]
+
+
+@contextlib.contextmanager
+def switched(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let modules be in training that are not, and the other way round, meanwhile."""
+    for module in modules:
+        module.training = not module.training
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = not module.training
+
 
 @contextlib.contextmanager
 def toggled(parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -445,6 +528,11 @@ def toggled(parameters: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(not parameter.requires_grad)
+
+
+def _at(place: Any, name: str) -> Any:
+    """Return what a module has under a name; the places of a TorchScript module know no ``get``."""
+    return place[name] if name in place else None  # noqa: SIM401
 
 
 _UNBORN = -1  # the version of a lazy module's parameter before the first run, which makes it
@@ -501,15 +589,23 @@ class Saved:
         self._versions = live.versions
         self._changed = _differing([t._version for t in live.tensors], live.versions)
 
-    def check(self, index: int, collected: list[Any], leaves: Sequence[Tensor], buffers: Buffers) -> None:
-        """Compare with them what the second run saved; streams and changing buffers are put in place for it."""
+    @property
+    def changed(self) -> list[int]:
+        """Those that the block itself changed after it saved them."""
+        return self._changed
+
+    def check_form(self, index: int, collected: list[Any], shapes: bool = True) -> None:
+        """Refuse other shapes than the first run's; without ``shapes``, only what cannot be handed out at all."""
         metas = [(t.shape, t.dtype) for t in collected]
-        if metas != self.metas:
+        if metas != self.metas and (shapes or len(metas) != len(self.metas)):
             raise InversionError(
                 f"block of step {index} ran differently the second time: {_difference(metas, self.metas)}. It must do "
                 "the same on the same input: look for a branch on outside state (a counter, a cache, training mode "
                 "switched between forward and backward), or use policy=StoreAll()"
             )
+
+    def check_versions(self, index: int, collected: list[Any], leaves: Sequence[Tensor], buffers: Buffers) -> None:
+        """Put an error in place of what was changed in place; streams and changing buffers are, for the second run."""
         for k in {*self._changed, *_differing([t._version for t in collected], self._versions)}:
             memory = self._memory[k]
             # what a block makes itself has the same version both times; it may lie where something else lay before
@@ -524,7 +620,7 @@ class Saved:
                 )
             else:
                 continue
-            collected[k] = f"block of step {index} {problem.format(f'saved tensor {k}, {_describe(metas[k])}')}"
+            collected[k] = f"block of step {index} {problem.format(f'saved tensor {k}, {_describe(self.metas[k])}')}"
 
 
 def _differing(now: list[int], then: list[int]) -> list[int]:

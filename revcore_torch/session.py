@@ -19,7 +19,7 @@ from revcore.program import Program
 from revcore_torch import outside
 from revcore_torch.drift import probing, warn_once
 from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, narrowed, version, widened
-from revcore_torch.tape import Tape, _can_record, _keep_dynamo_out, _take_back, run_stored
+from revcore_torch.tape import Stored, Tape, _can_record, _keep_dynamo_out, _take_back, run_stored
 
 
 class Session:
@@ -31,6 +31,7 @@ class Session:
         streams: those of the start.
         stream_dtype: in which they are held between the blocks.
         join: makes the output of the last streams, which come in ``program.output`` order.
+        determinism_check: how a block's second run is compared with its first.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class Session:
         streams: Streams,
         stream_dtype: Any,
         join: Callable[[Streams], Tensor],
+        determinism_check: str,
     ) -> None:
-        self.program, self.join = program, join
+        self.program, self.join, self.determinism_check = program, join, determinism_check
         self.done = 0
         self.groups = _by_block(make_calls(program, [None] * program.num_blocks))
         self.watch = self.groups[0][0].watch
@@ -49,7 +51,7 @@ class Session:
         self.plan = segments([True] * len(program.unrolled), by_step if _can_record() else StoreAll())
         self.streams, self.dtypes = widened(streams, stream_dtype)
         self.given: Tensor = streams[self._source]  # what the loop holds of the newest stream
-        self.tapes: list[Tape] = []
+        self.tapes: list[Tape | Stored] = []
         self.tape: Tape | None = None
         self.first: Streams = ()
         self.glanced = outside.glance()
@@ -103,7 +105,8 @@ class Session:
     def forget(self) -> None:
         """Let go of everything; the session is of no use any more."""
         for tape in self.tapes:
-            tape.forget()
+            if isinstance(tape, Tape):
+                tape.forget()
         self.tapes, self.tape, self.streams, self.first = [], None, (), ()
 
     def _versions(self) -> list[int]:
@@ -136,10 +139,12 @@ class Session:
             self.arguments = Arguments((), {}, {}, self.dtypes)
         self.arguments.add(self.done, args, kwargs)
         if segment.kind == "store":
+            if self.records:
+                self.tapes.append(Stored(calls, self.streams))
             self.streams, extra = run_stored(segment, calls, self.streams, self.arguments)
             return extra[0]
         if start == segment.start:
-            self.tape = Tape(segment, self.streams, self.arguments, self.probe)
+            self.tape = Tape(segment, self.streams, self.arguments, self.probe, self.determinism_check)
             self.tapes.append(self.tape)
             self.first = self.streams = self.tape.begin(self.streams)
         assert self.tape is not None
@@ -147,6 +152,7 @@ class Session:
         self.tape.take_in(own.flat[0])
         contents = own.contents()
         aux: tuple[Any, ...] = ()
+        self.tape.go_on()
         for call in calls:
             self.streams, extra = self.tape.step(call, self.streams, self.arguments)
             aux += extra

@@ -63,7 +63,14 @@ class Call:
         if not isinstance(self.step, Couple):
             return f, ()
         target = self.step.target
+        given = (streams[target], *(f if isinstance(f, tuple) else (f,)))
+        versions = [version(t) for t in given]
         y, carry = self.step.coupling.advance(streams[target], f)
+        if [version(t) for t in given] != versions:
+            raise SpecError(
+                f"step {self.index}: the coupling {type(self.step.coupling).__name__} changed its stream or f in "
+                "place, which are still needed: use the form that is not in place (x + f for x.add_(f))"
+            )
         check_coupled(self.index, y, streams[target])
         if self.watch is not None:
             self.watch.note(f"step {self.index}", y)
@@ -268,3 +275,13 @@ def version(tensor: Tensor) -> int:
 
 def is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
+
+
+def is_dense(stream: Tensor) -> bool:
+    """Return whether a stream's elements fill one piece of memory, each in a place of its own."""
+    extent = 1
+    for size, stride in sorted(zip(stream.shape, stream.stride(), strict=True), key=lambda pair: pair[1]):
+        if size != 1 and stride != extent:
+            return False
+        extent *= size
+    return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,10 +24,21 @@ from revcore.errors import InversionError, SpecError
 from revcore.policy import Segment, StepPolicy, StoreAll, segments
 from revcore.program import Program
 from revcore.step import Anchor, Couple
-from revcore_torch import detect, outside, replay, zero
+from revcore_torch import detect, determinism, outside, replay, zero
 from revcore_torch.drift import DriftProbe, probing, warn_once
 from revcore_torch.keep import Kept, on_host
-from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, run_plain, tensors_within, version
+from revcore_torch.reach import held_by
+from revcore_torch.steps import (
+    Arguments,
+    Call,
+    Streams,
+    check_contents,
+    is_dense,
+    make_calls,
+    run_plain,
+    tensors_within,
+    version,
+)
 
 Handle = tuple[int, int]
 
@@ -45,20 +57,23 @@ class Frame:
         "kept",
         "layout",
         "live",
+        "noted",
         "parameters",
+        "parametrizations",
         "random",
         "sample",
         "saved",
     )
 
-    def __init__(self, call: Call, streams: Sequence[Tensor], generators: Sequence[torch.Generator]) -> None:
+    def __init__(self, call: Call, streams: Sequence[Tensor], generators: Sequence[Any]) -> None:
         self.call = call
         self.layout = tuple((s.requires_grad, s.stride()) for s in streams)
-        modules = replay.modules_of(call.block)
-        self.parameters = replay.Parameters(modules)
-        self.buffers = replay.Buffers(modules)
-        generators = [*generators, *replay.generators_of(modules)]
+        held = held_by(call.block)
+        self.parameters = replay.Parameters(held)
+        self.buffers = replay.Buffers(held)
+        generators = [*generators, *held.generators]
         self.generators = replay.Generators(generators) if generators else None
+        self.parametrizations = replay.cached_parametrizations()
         # of before and after: where one step's ends, the next one's begins, so it is one more in all
         self.random: tuple[replay.RandomState, replay.RandomState] | None = None
         self.saved: replay.Saved
@@ -68,6 +83,7 @@ class Frame:
         # while the block runs for the first time: it may differentiate inside itself, and then asks for them
         self.live: replay.Live | None = None
         self.sample: list[Tensor] | None = None  # of the streams before it, where a probe measures
+        self.noted: determinism.Noted | None = None
 
     def leaves(self, streams: Sequence[Tensor], which: Sequence[int] | None = None) -> list[Tensor]:
         """Return the streams as the step met them: leaves of a graph, with its flags and strides.
@@ -90,11 +106,21 @@ class Pass:
     ``streams`` are those before step ``at``; in the beginning ``at`` is the number of steps.
     """
 
-    __slots__ = ("arguments", "at", "carries", "saved", "streams", "task")
+    __slots__ = ("arguments", "at", "carries", "judge", "modes", "outer", "saved", "streams", "task", "thread")
 
     def __init__(self, task: int, at: int, streams: Streams, carries: tuple[Tensor, ...], arguments: Arguments) -> None:
         self.task, self.at, self.streams, self.carries, self.arguments = task, at, streams, carries, arguments
         self.saved: dict[int, list[Any]] = {}
+        self.judge = determinism.Judge()
+        self.modes: list[Any] = []
+        self.thread = threading.get_ident()
+        self.outer: Pass | None = None  # which this one runs inside of: a hook or a Function differentiates
+
+    def inside(self, task: int) -> Pass:
+        """Return a pass of its own for what is differentiated inside this one, from where this one stands."""
+        inner = Pass(task, self.at, self.streams, self.carries, self.arguments)
+        inner.modes, inner.outer = self.modes, self
+        return inner
 
 
 class Tape:
@@ -105,9 +131,16 @@ class Tape:
     """
 
     def __init__(
-        self, segment: Segment, streams: Streams, arguments: Arguments, probe: DriftProbe | None = None
+        self,
+        segment: Segment,
+        streams: Streams,
+        arguments: Arguments,
+        probe: DriftProbe | None = None,
+        determinism_check: str = "values",
     ) -> None:
         self.kind = segment.kind
+        self.determinism_check = determinism_check
+        self.kept_sample: determinism.Sample | None = None
         self.probe = probe if segment.kind == "reverse" else None
         self.recompute, self.offload = segment.recompute, segment.offload
         self.frames: list[Frame] = []
@@ -120,9 +153,10 @@ class Tape:
         self.given: list[tuple[Tensor, int]] = []  # while recording: arguments, and their versions from before
         leaves, _ = arguments.flat
         self.devices = replay.random_devices((*streams, *(leaf for leaf in leaves if isinstance(leaf, Tensor))))
-        self.generators: list[torch.Generator] = []
+        self.generators: list[Any] = []
         self.kinds = replay.kinds_of(self.devices)
         self.settings = replay.settings(self.kinds)
+        self.modes = replay.function_modes()
         self.random = self.random_now = replay.random_state(self.devices)
 
     # --- forward ------------------------------------------------------------------------------------------------------
@@ -144,7 +178,7 @@ class Tape:
         """Return the streams as the first step is to get them."""
         # T6: a stream that is rebuilt has memory of its own, so one that comes with gaps (a part of a wider tensor) or
         # overlaps (an expanded one) would need a copy on the way back, with the gaps
-        return tuple(s if _is_dense(s) else s.clone() for s in streams) if self.kind == "reverse" else streams
+        return tuple(s if is_dense(s) else s.clone() for s in streams) if self.kind == "reverse" else streams
 
     def take_in(self, leaves: Sequence[Any]) -> None:
         """Note the tensors and generators among the arguments of steps to come."""
@@ -158,6 +192,10 @@ class Tape:
         before, self.random_now = self.random_now, replay.random_state(self.devices)
         self.frames[-1].random = (before, self.random_now) if before != self.random_now else None
         return streams, extra
+
+    def go_on(self) -> None:
+        """Call it before a step if anything ran since the last one: random numbers may have been drawn."""
+        self.random_now = replay.random_state(self.devices)
 
     def finish(
         self, first: Streams, last: Streams, aux: Any, arguments: Arguments, alone: bool = False
@@ -177,6 +215,10 @@ class Tape:
         kept = (*(first if self.kind == "checkpoint" else last), *self.carries, *(leaves[i] for i in self.places))
         self.num_carries = len(self.carries)
         self.carries.clear()
+        # what goes through hooks (the user's, or those of a network around this one) need not come back as it was
+        self.starts_exact = self.starts_exact and not _are_hooks_active()
+        if self._looks_at_values and self.starts_exact:
+            self.kept_sample = determinism.kept_sample(kept)
         outputs, spec = pytree.tree_flatten((last, aux))
         # Invariant T2: every output that carries a gradient passes through the node that keeps them.
         through = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -200,7 +242,7 @@ class Tape:
             frame.sample = self.probe.take(streams)
         first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         frame.live = live = replay.Live()
-        with saved_tensors_hooks(_Pack(index, live), self.unpack):
+        with _true_cause(call.index), saved_tensors_hooks(_Pack(index, live), self.unpack):
             if self.recompute is None:
                 f, aux = call.evaluate(streams, arguments)
             else:
@@ -210,6 +252,7 @@ class Tape:
                 frame.kept.settle(call.index)
             by_block = len(live.tensors)
             detect.warn_once(call.index, call.block, f, first_node)
+            before = streams
             streams, carry = call.first(streams, f)
         if self.kind == "reverse":
             frame.carry = slice(len(self.carries), len(self.carries) + len(carry))
@@ -217,8 +260,10 @@ class Tape:
         frame.saved = replay.Saved(live)
         frame.coupling_saved = len(live.tensors) > by_block
         frame.live = None
-        live.tensors.clear()
         frame.buffers.settle()
+        if self._looks_at_values and call.number is not None and any(s.requires_grad for s in streams):
+            frame.noted = self._note(frame, before, f, live.tensors[:by_block])
+        live.tensors.clear()
         if frame.generators is not None:
             frame.generators = frame.generators.settle()
         if frame.saved.metas:
@@ -228,6 +273,18 @@ class Tape:
                 if stream.grad_fn is not None:
                     stream.grad_fn.register_prehook(_Ensure(self, index))
         return streams, aux
+
+    @property
+    def _looks_at_values(self) -> bool:
+        return self.determinism_check == "values"
+
+    def _note(self, frame: Frame, streams: Sequence[Tensor], f: Any, saved: Sequence[Tensor]) -> determinism.Noted:
+        """Return a few values of a step's first run (T21)."""
+        changed = frame.saved.changed
+        own = {*map(replay.memory_of, frame.buffers.changing)}  # in the second run they are what they were before
+        looked_at = [(k, t) for k, t in enumerate(saved) if k not in changed and replay.memory_of(t) not in own]
+        inside = max([torch.finfo(dtype).eps for _, on, dtype, _ in self.settings[0] if on], default=0.0)
+        return determinism.Noted(_outputs(frame.call, f), _sources(frame.call, streams), looked_at, inside)
 
     def take_back(self) -> None:
         """Leave buffers and generators as they were before :meth:`record`, which failed, or a later tape's did."""
@@ -245,8 +302,6 @@ class Tape:
 
     def keep(self) -> None:
         """Say that nothing will be taken back."""
-        for frame in self.frames:
-            frame.buffers.keep()
         self.random = self.random_now = ()
 
     # --- backward -----------------------------------------------------------------------------------------------------
@@ -286,7 +341,8 @@ class Tape:
         task = _task()
         walk = self.current  # read once: another thread may be on its own way back, and put its state there
         if walk is None or walk.task != task:
-            walk = self.current = self._begin(task)
+            is_inside = walk is not None and walk.thread == threading.get_ident() and task != -1 and walk.task != -1
+            walk = self.current = walk.inside(task) if walk is not None and is_inside else self._begin(task)
             if task != -1:
                 me = weakref.ref(self)
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: _end(me, task))  # type: ignore[attr-defined]
@@ -297,6 +353,7 @@ class Tape:
             raise
         if task == -1:  # somebody looks at a node's saved tensor outside any backward pass
             self.current = None
+            walk.judge.settle()
 
     def _begin(self, task: int) -> Pass:
         kept = self._kept()
@@ -308,17 +365,23 @@ class Tape:
         rest = len(kept) - len(self.places)
         num_streams = rest - self.num_carries
         leaves = list(self.constants)
+        # the very objects, so that a block that asks whether two are one, or of what class, gets the same answer
         for i, flag, tensor in zip(self.places, self.flags, kept[rest:], strict=True):
-            leaves[i] = tensor.detach().requires_grad_(flag)
+            leaves[i] = tensor if tensor.requires_grad == flag else tensor.detach().requires_grad_(flag)
         arguments = Arguments.unflatten(leaves, self.spec)
         streams = tuple(t.detach() for t in kept[:num_streams])
-        return Pass(task, len(self.frames), streams, tuple(kept[num_streams:rest]), arguments)
+        walk = Pass(task, len(self.frames), streams, tuple(kept[num_streams:rest]), arguments)
+        walk.modes = replay.suspended(self.modes)
+        if self.kept_sample is not None:
+            walk.judge.compare_kept(self.kept_sample, kept)
+        return walk
 
     def _in_node(self) -> Sequence[Tensor] | None:
         """Return what the node keeps; ``None`` where it is gone."""
         node = self.node() if self.node is not None else None
         return None if node is None else node.saved_tensors
 
+    starts_exact = True  # whether the streams that the way back starts from are those of the forward pass
     gone = (
         "a gradient was asked of a tensor inside a reversible network whose outputs are gone, and the rebuild "
         "starts from them: keep the outputs until after the backward pass, or use policy=StoreAll()"
@@ -354,6 +417,7 @@ class Tape:
         if index > walk.at:  # asked out of order: start over
             fresh = self._begin(walk.task)
             walk.at, walk.streams = fresh.at, fresh.streams
+            walk.judge.add(fresh.judge)
         while walk.at > index:
             walk.saved.clear()
             walk.streams = self._undo(walk, walk.at - 1, walk.streams)
@@ -367,21 +431,25 @@ class Tape:
         frame = self.frames[index]
         call, step, arguments = frame.call, frame.call.step, walk.arguments
         if not isinstance(step, Couple):
-            with self._replaying(frame, []), torch.no_grad():
+            with self._replaying(walk, frame, []), torch.no_grad():
                 streams = call.undo(streams, None, arguments)
             self._collect_again(walk, index, streams)
             return streams
         collected: list[Any] = []
         leaves = frame.leaves(streams, step.sources)
-        with self._replaying(frame, collected):
+        with self._replaying(walk, frame, collected):
             f = self._evaluate_again(frame, leaves, arguments)
-            with torch.no_grad():
-                streams = call.undo(streams, _detached(f), arguments, walk.carries[frame.carry])
+            try:
+                with torch.no_grad():
+                    streams = call.undo(streams, _detached(f), arguments, walk.carries[frame.carry])
+            except InversionError:
+                self._compare(walk, index, collected, leaves, f)  # its words say more
+                raise
             if frame.coupling_saved:
                 rebuilt = frame.leaves(streams)
                 call.merge(rebuilt, f)
                 leaves += rebuilt
-        self._hold(walk, index, collected, leaves)
+        self._hold(walk, index, collected, leaves, f)
         return streams
 
     def _redo(self, walk: Pass, index: int, streams: Streams) -> Streams:
@@ -389,10 +457,10 @@ class Tape:
         frame = self.frames[index]
         collected: list[Any] = []
         leaves = frame.leaves(streams)
-        with self._replaying(frame, collected):
+        with self._replaying(walk, frame, collected):
             f = self._evaluate_again(frame, leaves, walk.arguments)
             after = frame.call.merge(leaves, f)
-        self._hold(walk, index, collected, leaves)
+        self._hold(walk, index, collected, leaves, f)
         return tuple(t.detach() for t in after)
 
     def _collect_again(self, walk: Pass, index: int, streams: Streams) -> None:
@@ -404,25 +472,35 @@ class Tape:
         frame = self.frames[index]
         collected: list[Any] = []
         leaves = frame.leaves(streams)
-        with contextlib.suppress(_Enough), self._replaying(frame, collected, stop=True):
-            frame.call.merge(leaves, self._evaluate_again(frame, leaves, walk.arguments))
-        self._hold(walk, index, collected, leaves)
+        f = collect = None
+        try:
+            with self._replaying(walk, frame, collected, stop=True) as collect:
+                f = self._evaluate_again(frame, leaves, walk.arguments)
+                frame.call.merge(leaves, f)
+        except BaseException:  # TorchScript makes an error of its own of _Enough
+            if collect is None or not collect.has_stopped:
+                raise
+        self._hold(walk, index, collected, leaves, f)
 
     @contextlib.contextmanager
-    def _replaying(self, frame: Frame, collected: list[Any], stop: bool = False) -> Iterator[None]:
+    def _replaying(self, walk: Pass, frame: Frame, collected: list[Any], stop: bool = False) -> Iterator[_Collect]:
         """Everything that makes the second run of a block equal the first (T6, T7)."""
         toggled = frame.parameters.check(frame.call.index)
         stop = stop and not frame.parameters.must_end
         collect = _Collect(collected, len(frame.saved.metas) if stop else None, self._has_drawn, frame)
-        around: list[contextlib.AbstractContextManager[Any]] = []
+        around: list[contextlib.AbstractContextManager[Any]] = [*walk.modes]
         if toggled:
             around.append(replay.toggled(toggled))
+        if switched := frame.parameters.switched:
+            around.append(replay.switched(switched))
         if frame.random is not None:
             around.append(replay.random_state_as(self.devices, frame.random[0]))
         if replay.settings(self.kinds) != self.settings:
             around.append(replay.settings_as(self.settings))
         if frame.buffers.moved:
             around.append(frame.buffers.as_before())
+        if frame.parametrizations is not None:
+            around.append(replay.parametrizations_as(frame.parametrizations))
         if frame.generators is not None:
             around.append(frame.generators.as_before())
         with (
@@ -431,7 +509,7 @@ class Tape:
             saved_tensors_hooks(collect, collected.__getitem__),
             torch.enable_grad(),
         ):
-            yield
+            yield collect
 
     def _has_drawn(self, frame: Frame) -> bool:
         """Return whether a block that runs again has drawn all that it will."""
@@ -449,11 +527,43 @@ class Tape:
             replay.check_random_state(self.devices, frame.random, index)
         return f
 
-    def _hold(self, walk: Pass, index: int, collected: list[Any], leaves: list[Tensor]) -> None:
-        """Keep the collected tensors for the nodes, if they are what the first run saved (T7)."""
+    def _hold(self, walk: Pass, index: int, collected: list[Any], leaves: list[Tensor], f: Any) -> None:
+        """Keep the collected tensors for the nodes, if they are what the first run saved (T7, T21).
+
+        ``f`` is ``None`` where the second run was stopped before it had one.
+        """
         frame = self.frames[index]
-        frame.saved.check(frame.call.index, collected, leaves, frame.buffers)
+        call = frame.call
+        frame.saved.check_form(call.index, collected, self.determinism_check != "none")
+        frame.saved.check_versions(call.index, collected, leaves, frame.buffers)
+        self._compare(walk, index, collected, leaves, f)
         walk.saved[index] = collected
+
+    def _compare(self, walk: Pass, index: int, collected: list[Any], leaves: list[Tensor], f: Any) -> None:
+        """Compare a few values of the second run with the first run's (T21)."""
+        frame = self.frames[index]
+        call = frame.call
+        if frame.noted is not None:
+            bits = None if call.watch is None else call.watch.lattice.bits
+            kept = self.starts_exact and index == len(self.frames) - 1
+            exact = self.kind == "checkpoint" or kept or bits is not None
+            parts = () if f is None else _outputs(call, f)
+            walk.judge.compare(call.index, frame.noted, parts, _sources(call, leaves), collected, exact, bits)
+
+
+@contextlib.contextmanager
+def _true_cause(index: int) -> Iterator[None]:
+    """Say of an error of PyTorch's why it is one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "support saved tensor hooks" not in str(error):
+            raise
+        raise SpecError(
+            f"block of step {index} calls torch.func (grad, vjp, jacrev or hessian), which PyTorch allows under no "
+            "saved-tensor hooks, and this engine is made of them: take the gradient with torch.autograd.grad(..., "
+            "create_graph=True), use torch.func.jvp, or give this block StoreAll() (policy=[..., StoreAll(), ...])"
+        ) from error
 
 
 class _Pack:
@@ -478,14 +588,16 @@ class _Enough(BaseException):
 class _Collect:
     """The pack hook of a step's second run."""
 
-    __slots__ = ("collected", "enough", "frame", "has_drawn")
+    __slots__ = ("collected", "enough", "frame", "has_drawn", "has_stopped")
 
     def __init__(self, collected: list[Any], enough: int | None, has_drawn: Callable[[Frame], bool], frame: Frame):
         self.collected, self.enough, self.has_drawn, self.frame = collected, enough, has_drawn, frame
+        self.has_stopped = False
 
     def __call__(self, tensor: Tensor) -> int:
         self.collected.append(tensor.detach())
         if len(self.collected) == self.enough and self.has_drawn(self.frame):
+            self.has_stopped = True
             raise _Enough
         return len(self.collected) - 1
 
@@ -533,7 +645,8 @@ class _Keep(torch.autograd.Function):
 def _end(tape: weakref.ref[Tape], task: int) -> None:
     alive = tape()
     if alive is not None and alive.current is not None and alive.current.task == task:
-        alive.current = None
+        judge, alive.current = alive.current.judge, alive.current.outer
+        judge.settle()
 
 
 def run(
@@ -543,6 +656,7 @@ def run(
     arguments: Arguments,
     policy: StepPolicy | Sequence[StepPolicy],
     make_tape: Callable[..., Tape] = Tape,
+    determinism_check: str = "values",
 ) -> tuple[Streams, list[tuple[Any, ...]]]:
     """Run ``program`` under ``policy``: the streams in their own order, and one tuple of auxiliary outputs a block."""
     _keep_dynamo_out()
@@ -556,12 +670,12 @@ def run(
     if watch is not None:
         streams = watch.encode(streams, "the input")
     if all(segment.kind == "store" for segment in plan):
-        return _run_plan(plan, calls, streams, arguments, [], make_tape)
-    tapes: list[Tape] = []
+        return _run_plan(plan, calls, streams, arguments, None, make_tape)
+    tapes: list[Tape | Stored] = []
     probe = probing(program, streams, policy)
     contents, glanced = arguments.contents(), outside.glance()
     try:
-        result = _run_plan(plan, calls, streams, arguments, tapes, make_tape, probe)
+        result = _run_plan(plan, calls, streams, arguments, tapes, make_tape, probe, determinism_check)
         check_contents(contents, arguments.contents())
     except BaseException:
         _take_back(tapes)
@@ -571,7 +685,7 @@ def run(
         outside.recorded += moved
         _take_back(tapes)
         del result, tapes
-        return run(program, blocks, given, arguments, policy, make_tape)
+        return run(program, blocks, given, arguments, policy, make_tape, determinism_check)
     for tape in tapes:
         tape.keep()
     return result
@@ -582,22 +696,48 @@ def _run_plan(
     calls: Sequence[Call],
     streams: Streams,
     arguments: Arguments,
-    tapes: list[Tape],
+    tapes: list[Tape | Stored] | None,  # None: nothing will be taken back
     make_tape: Callable[..., Tape],
     probe: DriftProbe | None = None,
+    determinism_check: str = "values",
 ) -> tuple[Streams, list[tuple[Any, ...]]]:
     aux: list[tuple[Any, ...]] = []
     for segment in plan:
         here = calls[segment.start : segment.stop]
         if segment.kind == "store":
+            if tapes is not None:
+                tapes.append(Stored(here, streams))
             streams, extra = run_stored(segment, here, streams, arguments)
         else:
-            tapes.append(make_tape(segment, streams, arguments, probe))
-            streams, extra = tapes[-1].record(here, streams, arguments)
+            assert tapes is not None
+            tape = make_tape(segment, streams, arguments, probe, determinism_check)
+            tapes.append(tape)
+            streams, extra = tape.record(here, streams, arguments)
         aux += extra
     if calls and calls[0].watch is not None:
         streams = calls[0].watch.settle(streams)
     return streams, aux
+
+
+class Stored:
+    """What stored steps change, as long as the pass may be taken back."""
+
+    def __init__(self, calls: Sequence[Call], streams: Streams) -> None:
+        held = [held_by(call.block) for call in calls]
+        self.buffers = [*map(replay.Buffers, held)]
+        self.generators = replay.Generators([generator for one in held for generator in one.generators])
+        self.devices = replay.random_devices(streams)
+        self.random = replay.random_state(self.devices)
+
+    def take_back(self) -> None:
+        """As :meth:`Tape.take_back`."""
+        for buffers in reversed(self.buffers):
+            buffers.take_back()
+        self.generators.take_back()
+        replay.set_random_state(self.devices, self.random)
+
+    def keep(self) -> None:
+        """As :meth:`Tape.keep`."""
 
 
 def run_stored(
@@ -608,7 +748,7 @@ def run_stored(
         return run_plain(calls, streams, arguments)
 
 
-def _take_back(tapes: Sequence[Tape]) -> None:
+def _take_back(tapes: Sequence[Tape | Stored]) -> None:
     for tape in reversed(tapes):
         tape.take_back()
 
@@ -625,14 +765,9 @@ def _can_record() -> bool:
     )
 
 
-def _is_dense(stream: Tensor) -> bool:
-    """Return whether a stream's elements fill one piece of memory, each in a place of its own."""
-    extent = 1
-    for size, stride in sorted(zip(stream.shape, stream.stride(), strict=True), key=lambda pair: pair[1]):
-        if size != 1 and stride != extent:
-            return False
-        extent *= size
-    return True
+def _are_hooks_active() -> bool:
+    """Return whether ``saved_tensors_hooks`` are around us."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _task() -> int:
@@ -643,6 +778,18 @@ def _task() -> int:
 def _keeps_graph() -> bool:
     """Return whether the backward pass that is running here may be followed by another over the same graph."""
     return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _sources(call: Call, streams: Sequence[Tensor]) -> list[Tensor]:
+    """Return those of the streams that a step's block gets."""
+    return [streams[i] for i in call.step.sources] if isinstance(call.step, Couple) else list(streams)
+
+
+def _outputs(call: Call, f: Any) -> Sequence[Any]:
+    """Return what the block itself made, of what :meth:`Call.evaluate` returned."""
+    if not isinstance(f, tuple):
+        return (f,)
+    return f[:1] if isinstance(call.step, Couple) and call.step.coupling.uses_source else f
 
 
 def _detached(f: Any) -> Any:

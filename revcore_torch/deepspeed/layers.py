@@ -39,7 +39,7 @@ def to_pipeline_layers(model: Any, **settings: Any) -> list[Any]:
             layer. Or the blocks alone, a sequence of ``deepspeed.pipe.LayerSpec`` or modules: of a spec a block is made
             on its own stage only.
         **settings: with a sequence of blocks, those of ``ReversibleSequential``: ``split_dim``, ``coupling``,
-            ``num_streams``, ``program``, ``policy``, ``stream_dtype``.
+            ``num_streams``, ``program``, ``policy``, ``stream_dtype``, ``determinism_check``.
 
     Returns:
         A list, ``PipelineModule(layers=[embedding, *to_pipeline_layers(…), head], num_stages=…, loss_fn=…)``. The first

@@ -129,7 +129,9 @@ class Run:
         )  # fmt: skip
         if dtypes is not None:
             arguments = Arguments(args, {}, None, dtypes)
-        streams, aux = run(program, blocks, streams, arguments, policy, Tape if self.is_last else JoinedTape)
+        streams, aux = run(
+            program, blocks, streams, arguments, policy, Tape if self.is_last else JoinedTape, owner.determinism_check
+        )
         if any(aux):
             raise SpecError(
                 "a block returned more than its coupling takes, and a pipeline has nobody to hand that to: return f "

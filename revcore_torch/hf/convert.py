@@ -29,6 +29,7 @@ def make_reversible(
     exact: int | bool | None = None,
     policy: Policy = Reverse(),  # noqa: B008 - frozen
     stream_dtype: torch.dtype | str | None = None,
+    determinism_check: str = "values",
     layers: str | Sequence[str] | None = None,
 ) -> Model:
     """Make the layers of a Hugging Face model reversible, in place, and return the model.
@@ -69,6 +70,8 @@ def make_reversible(
         policy: what the backward pass keeps and rebuilds; ``keep_last`` and the like count layers. It may be set later:
             ``stacks(model)[0].policy = …``.
         stream_dtype: in which streams are held between layers, ``"float32"`` for a model in bfloat16.
+        determinism_check: ``"values"``, ``"shapes"`` or ``"none"``: how a layer's second run is compared with its
+            first, as :func:`revcore_torch.reversible` has it; ``stacks(model)[0].determinism_check`` may be set later.
         layers: the names of the lists of layers, such as ``"encoder.layer"``; by default all that are found, the
             encoder's and the decoder's of T5.
 
@@ -90,7 +93,7 @@ def make_reversible(
         raise SpecError(f"{already[0].name} is reversible already: call make_plain(model) first")
     _check_saved(model, chosen)
     found = find_stacks(model, layers)
-    made = [Stack(name, len(module), chosen, policy, stream_dtype) for name, module in found]
+    made = [Stack(name, len(module), chosen, policy, stream_dtype, determinism_check) for name, module in found]
     _check_devices(model)
     for stack, (name, module) in zip(made, found, strict=True):
         for number, layer in enumerate(layers_of(module)):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from revcore.errors import SpecError
 from revcore.policy import MemoryBudget, Policy, StepPolicy, StoreAll, check_policy
 from revcore_torch import signatures
+from revcore_torch.determinism import check_name
 from revcore_torch.hf import caches, engines
 from revcore_torch.hf.kinds import Settings
 from revcore_torch.replay import is_recomputing
@@ -39,6 +40,7 @@ class Stack:
         settings: what it was made into.
         policy: what the backward pass keeps and rebuilds; counts are of layers. May be set at any time.
         stream_dtype: in which the streams are held between layers.
+        determinism_check: how a layer's second run is compared with its first; may be set at any time.
         enabled: ``False`` runs the ordinary layers.
 
     >>> import transformers
@@ -51,15 +53,33 @@ class Stack:
     (4, 'transformer.h')
     """
 
-    def __init__(self, name: str, depth: int, settings: Settings, policy: Policy, stream_dtype: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        depth: int,
+        settings: Settings,
+        policy: Policy,
+        stream_dtype: Any,
+        determinism_check: str = "values",
+    ) -> None:
         self.name, self.depth, self.settings = name, depth, settings
         self.policy = policy
         self.stream_dtype = dtype_of(stream_dtype)
+        self.determinism_check = determinism_check
         self.enabled = True
         self.compiled: dict[str, Any] | None = None
         self.program = settings.program(depth)
         # BDIA draws its sign anew in each forward pass
         self.mirrored = settings.program(depth, -1) if settings.kind == "bdia" else None
+
+    @property
+    def determinism_check(self) -> str:
+        """How a layer's second run is compared with its first."""
+        return self._determinism_check
+
+    @determinism_check.setter
+    def determinism_check(self, determinism_check: str) -> None:
+        self._determinism_check = check_name(determinism_check)
 
     @property
     def policy(self) -> StepPolicy | Sequence[StepPolicy]:
@@ -98,7 +118,7 @@ class Stack:
         policy = StoreAll() if keeps_all else self.policy
         streams = spread(x, program.split, program.num_streams)
         join = functools.partial(gathered, merge=program.merge)
-        session = Session(program, policy, streams, self.stream_dtype, join)
+        session = Session(program, policy, streams, self.stream_dtype, join, self.determinism_check)
         _sessions()[self] = session
         return session
 

@@ -29,6 +29,7 @@ Slots = tuple[Tensor, Tensor]
 class LinkedTape(Tape):
     """The tape of one module's step; what it starts from comes back through the slots."""
 
+    starts_exact = False  # a later module rebuilt them
     gone = (
         "the streams after a ReversibleModule did not come back to it, and its input is rebuilt from them: hand all "
         "four tensors that a module returns on to the next one, and those of the last one to replace_grad, whose two "

@@ -14,7 +14,8 @@ TORCH, JAX, NNX, LINEN = "revcore_torch", "revcore_jax", "revcore_jax.nnx", "rev
 # A name on the right takes the place of the one on the left; None: there is none on that side.
 EXCEPTIONS: dict[str, dict[str | None, str | None]] = {
     "same": {},
-    "function": {None: "params"},  # torch's blocks hold theirs
+    # torch's blocks hold their parameters; JAX traces a block once, so that no second run could differ
+    "function": {None: "params", "determinism_check": None},
     "probe": {},
     "neutral": {None: "layers"},  # Linen's variables do not tell what they belong to
     # random numbers come from keys in JAX
@@ -25,6 +26,7 @@ EXCEPTIONS: dict[str, dict[str | None, str | None]] = {
         "input": "x",
         "output": "y",
         "revlib": None,
+        "determinism_check": None,
         None: "rngs",
     },
     # a Linen module is a dataclass, and its Repeat is scanned as nn.scan does it
@@ -34,6 +36,7 @@ EXCEPTIONS: dict[str, dict[str | None, str | None]] = {
         "input": "x",
         "output": "y",
         "revlib": None,
+        "determinism_check": None,
         None: "parent name variable_axes variable_broadcast split_rngs metadata_params",
     },
 }

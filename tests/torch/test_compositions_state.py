@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
 import revcore
 import revcore_torch
 from revcore_torch import Checkpoint, Reverse, ReversibleSequential, StoreAll, outside
-from tests.plain.pytorch import Plain
 from tests.torch.harness import (
     EVERYTHING,
     KEPT,
@@ -466,37 +463,16 @@ class Stateful(nn.Module):
         return torch.tanh(self.linear(x) / self.calls)
 
 
-class Checkpointed(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.inner, x, use_reentrant=False)
-
-
-@buffers.differs(
+@buffers.refuses(
     "a block keeps state in a plain attribute (`self.calls += 1`), and uses it",
-    "as under activation checkpointing, the second run counts on, and uses the later value",
-    note="under `Reverse()` the rebuilt input is another, too; make it a buffer, which the engine puts back",
+    revcore.InversionError,
+    "did something else the second time",
+    note="under activation checkpointing the numbers are wrong; make it a buffer, which the engine puts back",
 )
-def test_stateful_attribute():
-    def run(wrap: Any, make: Any) -> list[Tensor]:
-        torch.manual_seed(0)
-        model = make(*map(wrap, [Stateful(WIDTH), Stateful(WIDTH)])).double()
-        results = train(model)
-        assert [module.calls for module in model.modules() if isinstance(module, Stateful)] == [calls] * 2
-        return results
-
-    calls = 1
-    x_plain = run(lambda b: b, Plain)[1]
-    calls = 2
-    x_checkpointed = run(Checkpointed, Plain)[1]
-    x_ours = run(lambda b: b, partial(ReversibleSequential, policy=Checkpoint()))[1]
-    x_rebuilt = run(lambda b: b, ReversibleSequential)[1]
-    torch.testing.assert_close(x_ours, x_checkpointed)
-    assert not torch.allclose(x_checkpointed, x_plain)
-    assert not torch.allclose(x_rebuilt, x_plain)
+def test_stateful_attribute(refused):
+    model = ReversibleSequential(Stateful(WIDTH), Stateful(WIDTH)).double()
+    with refused:
+        train(model)
 
 
 class Rotary(nn.Module):

@@ -181,10 +181,10 @@ def test_a_second_run_that_drifts_fails() -> None:
 def test_a_step_that_is_left_out_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     run = tape.run
 
-    def shorter(program: Any, blocks: Any, streams: Any, arguments: Any, policy: Any) -> Any:
+    def shorter(program: Any, blocks: Any, streams: Any, arguments: Any, policy: Any, **check: Any) -> Any:
         if isinstance(policy, revcore.StoreAll):
-            return run(program, blocks, streams, arguments, policy)
-        return run(revcore.revnet(len(blocks) - 1), blocks[:-1], streams, arguments, policy)
+            return run(program, blocks, streams, arguments, policy, **check)
+        return run(revcore.revnet(len(blocks) - 1), blocks[:-1], streams, arguments, policy, **check)
 
     monkeypatch.setattr("revcore_torch.functional.run", shorter)
     fails()

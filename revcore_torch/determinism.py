@@ -1,0 +1,348 @@
+"""Whether a block's second run did what its first did: a few values of each, compared (T21).
+
+The first run notes some values of each ``f``, of the sources that it was made of, and of the floating-point tensors
+that the block's graph saves. The second run must give the same, as far as rounding and the drift that is *measured on
+the sources* explain. Nothing is known of the block itself: no bound on its derivative, no depth, no coupling.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from revcore.errors import InversionError, SpecError
+from revcore_torch import replay
+from revcore_torch.steps import is_dense
+
+CHECKS = ("values", "shapes", "none")
+
+# NOTE [What is sampled]
+# Places are a step apart that is coprime to the number of elements, so that they fall in with no width of a layer.
+# Where the elements fill one piece of memory they are counted there: such a sample is a view, and all views are copied
+# by one kernel. A part of a wider tensor (a query that was split off) takes a kernel of its own.
+_FEW = 32  # of each f and each saved tensor
+# Of each source so many, or one in sixteen: a token that a router sends elsewhere, because drift flipped its choice,
+# reaches all others through the next attention, and must be seen where it was.
+_MANY, _PART = 4096, 16
+
+# NOTE [What rounding explains]
+# |t| is the rms of a sample; d the relative drift of the sources, at least their eps; eps that of f (or of autocast):
+#   an f, sources rebuilt:      16·eps·(|f| + |z|) + 16·(√(d/128) + d)·|f|            for three quarters of its elements
+#   a saved tensor, the same:   16·eps·(|s| + |z|) + 16·(√(d/128) + d)·(|s| + |z|)    for three quarters of its elements
+#   sources as they were:       4·eps·(|t| + |z|)                                     for each element
+# A quarter may be off by anything: top-k, ReLU and rounding flip single places. The root is there since drift flips
+# roundings, the more of them the narrower the dtype inside a block is.
+_FACTOR, _TURNED, _EXACT_FACTOR = 16.0, 1 / 128, 4.0
+_MAY_BE_OFF = 1 / 4
+# Where that is more than half of what there is (d of 0.018 in float32, 0.012 in bfloat16), a saved tensor says nothing
+# any more: if it was sorted by a choice, all of its places are others.
+_TOO_MUCH = 1 / 2
+
+
+def check_name(given: Any) -> str:
+    """Return the name of a check.
+
+    >>> check_name("values")
+    'values'
+    """
+    if given not in CHECKS:
+        raise SpecError(
+            f'determinism_check came as {given!r}, expected "values" (a few values of the second run are compared), '
+            '"shapes" (those of the saved tensors alone are) or "none"'
+        )
+    return given
+
+
+# --- what is noted ----------------------------------------------------------------------------------------------------
+
+
+class _Part(NamedTuple):
+    """One tensor's place in a sample: ``"f"``, ``"source"``, ``"saved"`` or ``"kept"`` tensor ``number``."""
+
+    role: str
+    number: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]  # of which the places depend: if it is another in the second run, nothing is compared
+    num_values: int
+
+
+class Sample:
+    """Some values of some tensors, copied by one kernel for each dtype: of all that have values to look at.
+
+    Left out are integers, tensors without elements or memory of their own (FSDP and ZeRO-3 let go of theirs), sparse
+    and nested ones, and subclasses, whose values are their own affair.
+    """
+
+    __slots__ = ("parts", "values")
+
+    def __init__(self, tensors: Iterable[tuple[str, int, Any]]) -> None:
+        by_dtype: dict[Any, tuple[list[_Part], list[Tensor]]] = {}
+        # no mode of the user's sees any of it
+        with torch.no_grad(), replay._unseen(), torch._C.DisableTorchFunction():  # pyright: ignore[reportAttributeAccessIssue]
+            for role, number, tensor in tensors:
+                if not _has_values(tensor):
+                    continue
+                values = _some(tensor.detach(), role)
+                parts, views = by_dtype.setdefault((values.dtype, values.device), ([], []))
+                parts.append(_Part(role, number, tensor.dtype, tensor.shape, tensor.stride(), values.numel()))
+                views.append(values)
+            self.parts = [part for parts, _ in by_dtype.values() for part in parts]
+            self.values = [torch.cat(views) for _, views in by_dtype.values()]
+
+
+def _has_values(tensor: Any) -> bool:
+    return (
+        type(tensor) in (Tensor, nn.Parameter, FakeTensor)
+        and tensor.dtype in _DTYPES
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+        and tensor.device.type != "meta"
+        and tensor.numel() > 0
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+        and tensor.untyped_storage().nbytes() > 0
+    )
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
+
+
+def _some(tensor: Tensor, role: str) -> Tensor:
+    """Return a view of some elements, or where there is none a copy."""
+    most = _FEW if role in ("f", "saved") else min(_MANY, max(_FEW, tensor.numel() // _PART))
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    step = _step(tensor.numel(), most)
+    count = min(most, -(-tensor.numel() // step))
+    if (tensor.is_contiguous() or is_dense(tensor)) and not tensor.is_neg():
+        return tensor.as_strided((count,), (step,))
+    return tensor.take(_index(count, step, tensor.device))
+
+
+@functools.lru_cache(maxsize=4096)
+def _step(numel: int, most: int) -> int:
+    step = max(numel // most, 1)
+    while math.gcd(step, numel) > 1:
+        step -= 1
+    return step
+
+
+@functools.lru_cache(maxsize=256)
+def _index(count: int, step: int, device: torch.device) -> Tensor:
+    return torch.arange(0, count * step, step, device=device)
+
+
+class Noted:
+    """What is known of a block's first run: a sample, and where the block's saved tensors stood."""
+
+    __slots__ = ("inside", "sample", "saved")
+
+    def __init__(self, f: Any, sources: Sequence[Any], saved: Sequence[tuple[int, Any]], inside: float) -> None:
+        self.inside = inside  # eps of what autocast computed in
+        self.saved = [k for k, _ in saved]
+        self.sample = _sample(f, sources, saved)
+
+
+def _sample(f: Any, sources: Sequence[Any], saved: Iterable[tuple[int, Any]]) -> Sample:
+    return Sample(
+        [
+            *(("f", k, part) for k, part in enumerate(f)),
+            *(("source", k, source) for k, source in enumerate(sources)),
+            *(("saved", k, tensor) for k, tensor in saved),
+        ]
+    )
+
+
+# --- what is compared -------------------------------------------------------------------------------------------------
+
+
+class Judge:
+    """Compares second runs with first ones: at once on a CPU, elsewhere when :meth:`settle` is called.
+
+    A device is read once in a backward pass, at its end.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[Callable[[list[_Part], Any, Any], str | None], Sample, Sample]] = []
+
+    def compare(
+        self, index: int, noted: Noted, f: Any, sources: Sequence[Any], collected: Sequence[Any], exact: bool, bits: Any
+    ) -> None:
+        """Look at a second run: ``exact`` says that its sources were not rebuilt, ``bits`` of which lattice they are.
+
+        Raises:
+            InversionError: it did something else than the first.
+        """
+        again = _sample(f, sources, [(k, collected[k]) for k in noted.saved if k < len(collected)])
+        lattice = 0.0 if bits is None else 2.0**-bits
+        # what was changed in place after the forward pass is known by its version, and explains the rest
+        known = next((words for words in collected if isinstance(words, str)), None)
+        self._look(functools.partial(_difference, index, noted.inside, exact, lattice, known), noted.sample, again)
+
+    def compare_kept(self, noted: Sample, kept: Sequence[Any]) -> None:
+        """Look at what a backward pass starts from, all of which must be what it was."""
+        self._look(_difference_of_kept, noted, kept_sample(kept))
+
+    def _look(self, judge: Callable[[list[_Part], Any, Any], str | None], first: Sample, again: Sample) -> None:
+        if any(isinstance(values, FakeTensor) for values in first.values):
+            return  # a plan: the sample counts for its memory alone
+        if _is_at_hand(first.values):
+            _settle(judge, first.parts, again.parts, [*map(_array, first.values)], [*map(_array, again.values)])
+        else:
+            self._pending.append((judge, first, again))
+
+    def add(self, other: Judge) -> None:
+        """Take over what another put off."""
+        self._pending += other._pending
+
+    def settle(self) -> None:
+        """Judge what was put off.
+
+        Raises:
+            InversionError: a second run did something else than the first.
+        """
+        pending, self._pending = self._pending, []
+        arrays = iter(_from_devices([values for _, *both in pending for sample in both for values in sample.values]))
+        for judge, first, again in pending:
+            one, other = ([next(arrays) for _ in sample.values] for sample in (first, again))
+            _settle(judge, first.parts, again.parts, one, other)
+
+
+def _is_at_hand(values: Sequence[Tensor]) -> bool:
+    return all(v.device.type == "cpu" for v in values)
+
+
+def kept_sample(kept: Sequence[Any]) -> Sample:
+    """Return a sample of what the way back starts from."""
+    return Sample(("kept", k, tensor) for k, tensor in enumerate(kept))
+
+
+def _settle(
+    judge: Callable[[list[_Part], Any, Any], str | None],
+    parts: list[_Part],
+    parts_again: list[_Part],
+    first: list[Any],
+    again: list[Any],
+) -> None:
+    one, other = _joined(first), _joined(again)
+    if parts != parts_again:  # some have no values to look at in one of the runs
+        both = [part for part in parts if part in set(parts_again)]
+        one, other = _only(both, parts, one), _only(both, parts_again, other)
+        parts = both
+    if not parts or np.array_equal(one, other):
+        return
+    with np.errstate(all="ignore"):
+        words = judge(parts, one.astype(np.float64), other.astype(np.float64))
+    if words is not None:
+        raise InversionError(words)
+
+
+def _joined(arrays: list[Any]) -> Any:
+    return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0), *arrays])
+
+
+def _only(wanted: list[_Part], parts: list[_Part], values: Any) -> Any:
+    at, places = 0, {}
+    for part in parts:
+        places[part] = values[at : at + part.num_values]
+        at += part.num_values
+    return _joined([places[part] for part in wanted]) if wanted else values[:0]
+
+
+def _array(values: Tensor) -> Any:
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def _from_devices(tensors: list[Tensor]) -> list[Any]:
+    """Return the tensors' values, by one transfer for each dtype and device."""
+    groups: dict[Any, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.dtype, tensor.device), []).append(i)
+    arrays: list[Any] = [None] * len(tensors)
+    for places in groups.values():
+        whole = _array(torch.cat([tensors[i] for i in places]).cpu())
+        for i, part in zip(places, np.split(whole, np.cumsum([tensors[i].numel() for i in places])[:-1]), strict=True):
+            arrays[i] = part
+    return arrays
+
+
+def _off(one: Any, other: Any) -> Any:
+    """Return how far apart the values are; the same infinity or NaN twice is no difference."""
+    off = np.abs(one - other)
+    off[(one == other) | (np.isnan(one) & np.isnan(other))] = 0
+    off[np.isnan(off)] = math.inf
+    return off
+
+
+def _difference(
+    index: int, inside: float, exact: bool, lattice: float, known: str | None, parts: list[_Part], one: Any, other: Any
+) -> str | None:
+    """Return what to say of a second run that is not what rounding makes of the first; ``None`` of one that is."""
+    off, square = _off(one, other), np.where(np.isfinite(one), one * one, 0)
+    counts = np.array([part.num_values for part in parts])
+    starts = np.cumsum(counts) - counts
+    sizes, offs = np.add.reduceat(square, starts), np.add.reduceat(off * off, starts)
+    is_source = np.array([part.role == "source" for part in parts])
+    eps = np.array([max(torch.finfo(part.dtype).eps, inside, lattice) for part in parts])
+    num_sources = max(counts[is_source].sum(), 1)
+    source = math.sqrt(sizes[is_source].sum() / num_sources)
+    drift = math.sqrt(offs[is_source].sum() / num_sources)
+    sizes = np.sqrt(sizes / counts)
+    if exact and not drift:
+        bounds, may_be_off = (_FACTOR if lattice else _EXACT_FACTOR) * eps * (sizes + source), 0.0
+    elif not is_source.any():
+        return None
+    else:
+        least = max(torch.finfo(part.dtype).eps for part in parts if part.role == "source")
+        d = max(drift / source if source else math.inf, least)
+        is_saved = np.array([part.role == "saved" for part in parts])
+        explained = _FACTOR * (math.sqrt(d * _TURNED) + d)
+        bounds = _FACTOR * eps * (sizes + source) + explained * (sizes + np.where(is_saved, source, 0))
+        bounds[is_saved & (_FACTOR * eps + explained > _TOO_MUCH)] = math.inf
+        may_be_off = _MAY_BE_OFF
+    above = np.add.reduceat(off > np.repeat(bounds, counts), starts)
+    wrong = (above > may_be_off * counts) & ~is_source
+    if not wrong.any():
+        return None
+    if known is not None:
+        return known
+    i = int(np.argmax(wrong))
+    here = off[starts[i] : starts[i] + counts[i]]
+    typical = float(np.max(here) if may_be_off == 0 else np.quantile(here, 1 - may_be_off))
+    return _words(index, parts[i], typical, float(sizes[i]), float(bounds[i]), 0.0 if not source else drift / source)
+
+
+def _words(index: int, part: _Part, off: float, size: float, bound: float, drift: float) -> str:
+    dtype = str(part.dtype).removeprefix("torch.")
+    what = {
+        "f": "its output" if part.number == 0 else f"part {part.number} of its output",
+        "saved": f"saved tensor {part.number}, {dtype}{tuple(part.shape)},",
+    }[part.role]
+    return (
+        f"block of step {index} did something else the second time: {what} is off by {off:.1e} where its size is "
+        f"{size:.1e}, and rounding explains {bound:.1e} (its rebuilt input is off by {drift:.0e} of its size). Likely, "
+        "in this order: (1) it draws random numbers that torch does not know (a numpy or Python generator of its own, "
+        "a counter that is hashed): draw with torch, or hand the numbers in as an argument; (2) a setting, a buffer or "
+        "an adapter was changed between the forward and the backward pass: change it after the backward pass; (3) a "
+        "context (a mode, a flag, a with block) was open in the forward pass only: keep it open around both, or open "
+        "it inside the block; (4) drift: the network multiplies rounding errors, see revcore_torch.DriftProbe: write "
+        'stream_dtype="float32" (or float64), policy=Reverse(anchor_every=8), or program.exact(). policy=StoreAll() '
+        "needs no second run. Gradients of later blocks may be written already: call zero_grad()"
+    )
+
+
+def _difference_of_kept(parts: list[_Part], one: Any, other: Any) -> str | None:
+    if not _off(one, other).any():
+        return None
+    return (
+        "what a backward pass starts from (an output of a reversible network, an input that is kept, or an argument of "
+        "its blocks) was changed after the forward pass, in a way that no version tells (x.data, a NumPy view, "
+        "another library): change a clone, or change it after the backward pass"
+    )
