@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.torch_engine.workloads import workloads
 from revcore import InversionError
 from revcore.demo.config import Config
 from revcore_torch import Reverse, ReversibleSequential, determinism
@@ -27,31 +28,13 @@ from revcore_torch.demo import LanguageModel
 CHECKS = ("values", "shapes")
 
 
-class Transformer(nn.Module):
-    """A block of the benchmark: attention and MLP behind their norms."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
-
-
 def cost(depth: int, rounds: int) -> None:
     """Print a training step's time with the comparison over that without."""
-    torch.manual_seed(0)
-    networks = {
-        "transformer, width 128, 8 x 128 tokens": ([Transformer(128) for _ in range(depth)], (8, 128, 256)),
-        "trivial blocks, 4 x 8": ([nn.Tanh() for _ in range(depth)], (4, 16)),
-    }
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, depth {depth}, {rounds} rounds")
-    print(f"{'network':<42}{'values / shapes':>16}   quartiles")
-    for name, (blocks, shape) in networks.items():
-        model = ReversibleSequential(*blocks, split_dim=-1)
-        x = torch.randn(shape, requires_grad=True)
+    print(f"{'network of benchmarks.torch_engine':<42}{'values / shapes':>16}   quartiles")
+    for name in ("transformer", "conv", "trivial"):
+        workload = workloads()[name]
+        model, x = ReversibleSequential(*workload.blocks(depth), split_dim=workload.dim), workload.input(2)
 
         def step(check: str, model: Any = model, x: torch.Tensor = x) -> float:
             model.determinism_check = check
@@ -64,7 +47,7 @@ def cost(depth: int, rounds: int) -> None:
             times = {check: step(check) for check in (CHECKS if i % 2 else reversed(CHECKS))}
             ratios.append(times["values"] / times["shapes"])
         low, middle, high = statistics.quantiles(ratios[2:], n=4)
-        print(f"{name:<42}{middle:>16.3f}   {low:.3f} to {high:.3f}")
+        print(f"{f'{name}, {workload.shape}':<42}{middle:>16.3f}   {low:.3f} to {high:.3f}")
 
 
 class Margin:
@@ -72,21 +55,21 @@ class Margin:
 
     def __init__(self) -> None:
         self.needed: Counter[float] = Counter()
-        self._difference = determinism._difference
+        self._broken = determinism._Rule.broken
 
     def __enter__(self) -> Margin:
-        determinism._difference = self.difference
+        determinism._Rule.broken = self.broken  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
-        determinism._difference = self._difference
+        determinism._Rule.broken = self._broken
 
-    def difference(self, *given: Any) -> str | None:
+    def broken(self, *given: Any) -> str | None:
         allowed = determinism._FACTOR
-        words, factor = self._difference(*given), allowed
+        words, factor = self._broken(*given), allowed
         while words is None and factor > 2.0**-10:
             determinism._FACTOR = factor / 2
-            if self._difference(*given) is not None:
+            if self._broken(*given) is not None:
                 break
             factor /= 2
         determinism._FACTOR = allowed

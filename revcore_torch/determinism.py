@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,8 +70,10 @@ class _Part(NamedTuple):
     number: int
     dtype: torch.dtype
     shape: torch.Size
-    stride: tuple[int, ...]  # of which the places depend: if it is another in the second run, nothing is compared
+    stride: tuple[int, ...]  # on which the places depend: if it is another in the second run, nothing is compared
+    step: int
     num_values: int
+    is_view: bool
 
 
 class Sample:
@@ -81,26 +83,41 @@ class Sample:
     and nested ones, and subclasses, whose values are their own affair.
     """
 
-    __slots__ = ("parts", "values")
+    __slots__ = ("groups", "values")
 
     def __init__(self, tensors: Iterable[tuple[str, int, Any]]) -> None:
-        by_dtype: dict[Any, tuple[list[_Part], list[Tensor]]] = {}
-        # no mode of the user's sees any of it
+        groups: dict[Any, list[tuple[_Part, Tensor]]] = {}
+        # no mode of the user's sees, counts or changes what is copied
         with torch.no_grad(), replay._unseen(), torch._C.DisableTorchFunction():  # pyright: ignore[reportAttributeAccessIssue]
             for role, number, tensor in tensors:
-                if not _has_values(tensor):
-                    continue
-                values = _some(tensor.detach(), role)
-                parts, views = by_dtype.setdefault((values.dtype, values.device), ([], []))
-                parts.append(_Part(role, number, tensor.dtype, tensor.shape, tensor.stride(), values.numel()))
-                views.append(values)
-            self.parts = [part for parts, _ in by_dtype.values() for part in parts]
-            self.values = [torch.cat(views) for _, views in by_dtype.values()]
+                if _has_values(tensor):
+                    there = groups.setdefault((tensor.dtype, tensor.device), [])
+                    there.append((_part(role, number, tensor), tensor))
+            self.groups = [[part for part, _ in group] for group in groups.values()]
+            self.values = [torch.cat([_some(t, part) for part, t in group]) for group in groups.values()]
+
+    @classmethod
+    def like(cls, first: Sample, tensors: dict[tuple[str, int], Any]) -> Sample:
+        """Return a sample of the same places, of those of ``tensors`` that have the same form."""
+        again = cls.__new__(cls)
+        again.groups, again.values = [], []
+        with torch.no_grad(), replay._unseen(), torch._C.DisableTorchFunction():  # pyright: ignore[reportAttributeAccessIssue]
+            for parts in first.groups:
+                there = [(part, tensors.get((part.role, part.number))) for part in parts]
+                found: list[tuple[_Part, Any]] = [(part, t) for part, t in there if _fits(t, part)]
+                if found:
+                    again.groups.append([part for part, _ in found])
+                    again.values.append(torch.cat([_some(t, part) for part, t in found]))
+        return again
+
+    @property
+    def parts(self) -> list[_Part]:
+        return self.groups[0] if len(self.groups) == 1 else [part for parts in self.groups for part in parts]
 
 
 def _has_values(tensor: Any) -> bool:
     return (
-        type(tensor) in (Tensor, nn.Parameter, FakeTensor)
+        type(tensor) in _TYPES
         and tensor.dtype in _DTYPES
         and tensor.layout is torch.strided
         and not tensor.is_nested
@@ -111,19 +128,35 @@ def _has_values(tensor: Any) -> bool:
     )
 
 
+_TYPES = (Tensor, nn.Parameter, FakeTensor)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 
 
-def _some(tensor: Tensor, role: str) -> Tensor:
+def _fits(tensor: Any, part: _Part) -> bool:
+    return (
+        isinstance(tensor, Tensor)  # of one that was changed in place, there are words
+        and tensor.shape == part.shape
+        and tensor.stride() == part.stride
+        and tensor.untyped_storage().nbytes() > 0
+    )
+
+
+def _part(role: str, number: int, tensor: Tensor) -> _Part:
+    size = tensor.numel() * (2 if tensor.is_complex() else 1)
+    most = _FEW if role in ("f", "saved") else min(_MANY, max(_FEW, size // _PART))
+    step = _step(size, most)
+    is_view = (tensor.is_contiguous() or is_dense(tensor)) and not (tensor.is_conj() or tensor.is_neg())
+    count = min(most, -(-size // step))
+    return _Part(role, number, tensor.dtype, tensor.shape, tensor.stride(), step, count, is_view)
+
+
+def _some(tensor: Tensor, part: _Part) -> Tensor:
     """Return a view of some elements, or where there is none a copy."""
-    most = _FEW if role in ("f", "saved") else min(_MANY, max(_FEW, tensor.numel() // _PART))
-    if tensor.is_complex():
+    if part.dtype.is_complex:
         tensor = torch.view_as_real(tensor.resolve_conj())
-    step = _step(tensor.numel(), most)
-    count = min(most, -(-tensor.numel() // step))
-    if (tensor.is_contiguous() or is_dense(tensor)) and not tensor.is_neg():
-        return tensor.as_strided((count,), (step,))
-    return tensor.take(_index(count, step, tensor.device))
+    if part.is_view:
+        return tensor.as_strided((part.num_values,), (part.step,))
+    return tensor.take(_index(part.num_values, part.step, tensor.device))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -140,24 +173,23 @@ def _index(count: int, step: int, device: torch.device) -> Tensor:
 
 
 class Noted:
-    """What is known of a block's first run: a sample, and where the block's saved tensors stood."""
+    """What is known of a block's first run: a sample of it, and the eps of what autocast computed in."""
 
-    __slots__ = ("inside", "sample", "saved")
+    __slots__ = ("eps_inside", "sample")
 
-    def __init__(self, f: Any, sources: Sequence[Any], saved: Sequence[tuple[int, Any]], inside: float) -> None:
-        self.inside = inside  # eps of what autocast computed in
-        self.saved = [k for k, _ in saved]
-        self.sample = _sample(f, sources, saved)
-
-
-def _sample(f: Any, sources: Sequence[Any], saved: Iterable[tuple[int, Any]]) -> Sample:
-    return Sample(
-        [
-            *(("f", k, part) for k, part in enumerate(f)),
-            *(("source", k, source) for k, source in enumerate(sources)),
-            *(("saved", k, tensor) for k, tensor in saved),
-        ]
-    )
+    def __init__(
+        self, f: Sequence[Any], sources: Sequence[Any], saved: Sequence[tuple[int, Any]], eps_inside: float
+    ) -> None:
+        self.eps_inside = eps_inside
+        # what is saved is often f or a source itself
+        known = {*map(replay.memory_of, f), *map(replay.memory_of, sources)}
+        self.sample = Sample(
+            [
+                *(("f", k, part) for k, part in enumerate(f)),
+                *(("source", k, source) for k, source in enumerate(sources)),
+                *(("saved", k, tensor) for k, tensor in saved if replay.memory_of(tensor) not in known),
+            ]
+        )
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
@@ -170,7 +202,7 @@ class Judge:
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[Callable[[list[_Part], Any, Any], str | None], Sample, Sample]] = []
+        self._pending: list[tuple[_Rule, Sample, Sample]] = []
 
     def compare(
         self, index: int, noted: Noted, f: Any, sources: Sequence[Any], collected: Sequence[Any], exact: bool, bits: Any
@@ -180,23 +212,25 @@ class Judge:
         Raises:
             InversionError: it did something else than the first.
         """
-        again = _sample(f, sources, [(k, collected[k]) for k in noted.saved if k < len(collected)])
-        lattice = 0.0 if bits is None else 2.0**-bits
+        again: dict[tuple[str, int], Any] = {("f", k): part for k, part in enumerate(f)}
+        again |= {("source", k): source for k, source in enumerate(sources)}
+        again |= {("saved", k): tensor for k, tensor in enumerate(collected)}
         # what was changed in place after the forward pass is known by its version, and explains the rest
         known = next((words for words in collected if isinstance(words, str)), None)
-        self._look(functools.partial(_difference, index, noted.inside, exact, lattice, known), noted.sample, again)
+        rule = _Rule(index, noted.eps_inside, exact, 0.0 if bits is None else 2.0**-bits, known)
+        self._look(rule, noted.sample, Sample.like(noted.sample, again))
 
-    def compare_kept(self, noted: Sample, kept: Sequence[Any]) -> None:
+    def compare_kept(self, first: Sample, kept: Sequence[Any]) -> None:
         """Look at what a backward pass starts from, all of which must be what it was."""
-        self._look(_difference_of_kept, noted, kept_sample(kept))
+        self._look(_KEPT, first, Sample.like(first, {("kept", k): tensor for k, tensor in enumerate(kept)}))
 
-    def _look(self, judge: Callable[[list[_Part], Any, Any], str | None], first: Sample, again: Sample) -> None:
+    def _look(self, rule: _Rule, first: Sample, again: Sample) -> None:
         if any(isinstance(values, FakeTensor) for values in first.values):
             return  # a plan: the sample counts for its memory alone
         if _is_at_hand(first.values):
-            _settle(judge, first.parts, again.parts, [*map(_array, first.values)], [*map(_array, again.values)])
+            _settle(rule, first, again, [*map(_array, first.values)], [*map(_array, again.values)])
         else:
-            self._pending.append((judge, first, again))
+            self._pending.append((rule, first, again))
 
     def add(self, other: Judge) -> None:
         """Take over what another put off."""
@@ -209,14 +243,12 @@ class Judge:
             InversionError: a second run did something else than the first.
         """
         pending, self._pending = self._pending, []
+        if not pending:
+            return
         arrays = iter(_from_devices([values for _, *both in pending for sample in both for values in sample.values]))
-        for judge, first, again in pending:
+        for rule, first, again in pending:
             one, other = ([next(arrays) for _ in sample.values] for sample in (first, again))
-            _settle(judge, first.parts, again.parts, one, other)
-
-
-def _is_at_hand(values: Sequence[Tensor]) -> bool:
-    return all(v.device.type == "cpu" for v in values)
+            _settle(rule, first, again, one, other)
 
 
 def kept_sample(kept: Sequence[Any]) -> Sample:
@@ -224,22 +256,21 @@ def kept_sample(kept: Sequence[Any]) -> Sample:
     return Sample(("kept", k, tensor) for k, tensor in enumerate(kept))
 
 
-def _settle(
-    judge: Callable[[list[_Part], Any, Any], str | None],
-    parts: list[_Part],
-    parts_again: list[_Part],
-    first: list[Any],
-    again: list[Any],
-) -> None:
-    one, other = _joined(first), _joined(again)
-    if parts != parts_again:  # some have no values to look at in one of the runs
-        both = [part for part in parts if part in set(parts_again)]
-        one, other = _only(both, parts, one), _only(both, parts_again, other)
-        parts = both
-    if not parts or np.array_equal(one, other):
+def _is_at_hand(values: Sequence[Tensor]) -> bool:
+    return all(v.device.type == "cpu" for v in values)
+
+
+def _settle(rule: _Rule, first: Sample, again: Sample, one: list[Any], other: list[Any]) -> None:
+    parts, parts_again = first.parts, again.parts
+    a, b = _joined(one), _joined(other)
+    if parts != parts_again:  # some have no values to look at in the second run
+        a, parts = _only(parts_again, parts, a), parts_again
+    if not parts:
         return
     with np.errstate(all="ignore"):
-        words = judge(parts, one.astype(np.float64), other.astype(np.float64))
+        if rule.is_surely_met(parts, a, b):
+            return
+        words = rule.broken(parts, a.astype(np.float64), b.astype(np.float64))
     if words is not None:
         raise InversionError(words)
 
@@ -251,13 +282,13 @@ def _joined(arrays: list[Any]) -> Any:
 def _only(wanted: list[_Part], parts: list[_Part], values: Any) -> Any:
     at, places = 0, {}
     for part in parts:
-        places[part] = values[at : at + part.num_values]
+        places[part.role, part.number] = values[at : at + part.num_values]
         at += part.num_values
-    return _joined([places[part] for part in wanted]) if wanted else values[:0]
+    return _joined([places[part.role, part.number] for part in wanted])
 
 
 def _array(values: Tensor) -> Any:
-    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()
 
 
 def _from_devices(tensors: list[Tensor]) -> list[Any]:
@@ -273,50 +304,92 @@ def _from_devices(tensors: list[Tensor]) -> list[Any]:
     return arrays
 
 
+class _Rule(NamedTuple):
+    """What a second run is held to."""
+
+    step: int
+    eps_inside: float
+    exact: bool
+    lattice: float
+    known: str | None
+
+    def is_surely_met(self, parts: list[_Part], one: Any, other: Any) -> bool:
+        """Return whether no value is off by more than the least that is allowed to any: cheap, and nearly always so."""
+        off = np.abs(one - other).max()  # NaN where there is one, or infinities
+        if off == 0:
+            return True
+        start = num_values = 0
+        for part in parts:
+            if part.role == "source":
+                num_values += part.num_values
+            elif num_values == 0:
+                start += part.num_values
+        z = one[start : start + num_values]
+        size = math.sqrt(np.dot(z, z) / max(num_values, 1))
+        eps = min(_EPS[part.dtype] for part in parts)
+        return off <= (_EXACT_FACTOR if self.exact else _FACTOR) * eps * size < math.inf
+
+    def broken(self, parts: list[_Part], one: Any, other: Any) -> str | None:
+        """Return what to say of a second run that rounding does not explain; ``None`` of one that it does."""
+        off, square = _off(one, other), np.where(np.isfinite(one), one * one, 0)
+        counts = np.array([part.num_values for part in parts])
+        starts = np.cumsum(counts) - counts
+        sizes, offs = np.add.reduceat(square, starts), np.add.reduceat(off * off, starts)
+        is_source = np.array([part.role == "source" for part in parts])
+        is_saved = np.array([part.role == "saved" for part in parts])
+        eps = np.array([max(_EPS[part.dtype], self.eps_inside, self.lattice) for part in parts])
+        num_sources = max(counts[is_source].sum(), 1)
+        source, drift = (math.sqrt(of[is_source].sum() / num_sources) for of in (sizes, offs))
+        sizes = np.sqrt(sizes / counts)
+        if self.exact and not drift:
+            bounds, may_be_off = (_FACTOR if self.lattice else _EXACT_FACTOR) * eps * (sizes + source), 0.0
+        elif not is_source.any():
+            return None
+        else:
+            d = max(
+                drift / source if source else math.inf, *(_EPS[part.dtype] for part in parts if part.role == "source")
+            )
+            explained = _FACTOR * (math.sqrt(d * _TURNED) + d)
+            bounds = _FACTOR * eps * (sizes + source) + explained * (sizes + np.where(is_saved, source, 0))
+            bounds[is_saved & (_FACTOR * eps + explained > _TOO_MUCH)] = math.inf
+            may_be_off = _MAY_BE_OFF
+        above = np.add.reduceat(off > np.repeat(bounds, counts), starts)
+        wrong = (above > may_be_off * counts) & ~is_source
+        if not wrong.any():
+            return None
+        if self.known is not None:
+            return self.known
+        i = int(np.argmax(wrong))
+        here = off[starts[i] : starts[i] + counts[i]]
+        typical = float(np.max(here) if may_be_off == 0 else np.quantile(here, 1 - may_be_off))
+        relative = drift / source if source else 0.0
+        return _words(self.step, parts[i], typical, float(sizes[i]), float(bounds[i]), relative)
+
+
+class _Unchanged(_Rule):
+    """What a backward pass starts from is held to be what it was."""
+
+    def is_surely_met(self, parts: list[_Part], one: Any, other: Any) -> bool:
+        return np.array_equal(one, other, equal_nan=True)
+
+    def broken(self, parts: list[_Part], one: Any, other: Any) -> str | None:
+        return (
+            "what a backward pass starts from (an output of a reversible network, an input that is kept, an argument "
+            "of its blocks) was changed after the forward pass, in a way that no version tells (x.data, a NumPy view, "
+            "another library): change a clone, or change it after the backward pass"
+        )
+
+
+_KEPT = _Unchanged(-1, 0.0, True, 0.0, None)
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in _DTYPES}
+
+
 def _off(one: Any, other: Any) -> Any:
     """Return how far apart the values are; the same infinity or NaN twice is no difference."""
     off = np.abs(one - other)
     off[(one == other) | (np.isnan(one) & np.isnan(other))] = 0
     off[np.isnan(off)] = math.inf
     return off
-
-
-def _difference(
-    index: int, inside: float, exact: bool, lattice: float, known: str | None, parts: list[_Part], one: Any, other: Any
-) -> str | None:
-    """Return what to say of a second run that is not what rounding makes of the first; ``None`` of one that is."""
-    off, square = _off(one, other), np.where(np.isfinite(one), one * one, 0)
-    counts = np.array([part.num_values for part in parts])
-    starts = np.cumsum(counts) - counts
-    sizes, offs = np.add.reduceat(square, starts), np.add.reduceat(off * off, starts)
-    is_source = np.array([part.role == "source" for part in parts])
-    eps = np.array([max(torch.finfo(part.dtype).eps, inside, lattice) for part in parts])
-    num_sources = max(counts[is_source].sum(), 1)
-    source = math.sqrt(sizes[is_source].sum() / num_sources)
-    drift = math.sqrt(offs[is_source].sum() / num_sources)
-    sizes = np.sqrt(sizes / counts)
-    if exact and not drift:
-        bounds, may_be_off = (_FACTOR if lattice else _EXACT_FACTOR) * eps * (sizes + source), 0.0
-    elif not is_source.any():
-        return None
-    else:
-        least = max(torch.finfo(part.dtype).eps for part in parts if part.role == "source")
-        d = max(drift / source if source else math.inf, least)
-        is_saved = np.array([part.role == "saved" for part in parts])
-        explained = _FACTOR * (math.sqrt(d * _TURNED) + d)
-        bounds = _FACTOR * eps * (sizes + source) + explained * (sizes + np.where(is_saved, source, 0))
-        bounds[is_saved & (_FACTOR * eps + explained > _TOO_MUCH)] = math.inf
-        may_be_off = _MAY_BE_OFF
-    above = np.add.reduceat(off > np.repeat(bounds, counts), starts)
-    wrong = (above > may_be_off * counts) & ~is_source
-    if not wrong.any():
-        return None
-    if known is not None:
-        return known
-    i = int(np.argmax(wrong))
-    here = off[starts[i] : starts[i] + counts[i]]
-    typical = float(np.max(here) if may_be_off == 0 else np.quantile(here, 1 - may_be_off))
-    return _words(index, parts[i], typical, float(sizes[i]), float(bounds[i]), 0.0 if not source else drift / source)
 
 
 def _words(index: int, part: _Part, off: float, size: float, bound: float, drift: float) -> str:
@@ -335,14 +408,4 @@ def _words(index: int, part: _Part, off: float, size: float, bound: float, drift
         "it inside the block; (4) drift: the network multiplies rounding errors, see revcore_torch.DriftProbe: write "
         'stream_dtype="float32" (or float64), policy=Reverse(anchor_every=8), or program.exact(). policy=StoreAll() '
         "needs no second run. Gradients of later blocks may be written already: call zero_grad()"
-    )
-
-
-def _difference_of_kept(parts: list[_Part], one: Any, other: Any) -> str | None:
-    if not _off(one, other).any():
-        return None
-    return (
-        "what a backward pass starts from (an output of a reversible network, an input that is kept, or an argument of "
-        "its blocks) was changed after the forward pass, in a way that no version tells (x.data, a NumPy view, "
-        "another library): change a clone, or change it after the backward pass"
     )

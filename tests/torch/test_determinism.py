@@ -195,7 +195,7 @@ def test_what_is_noted_is_small() -> None:
         determinism.Sample = sample  # type: ignore[misc]
     noted = [sum(sizes) for sizes in samples]
     assert len(x) * WIDTH == 2**17
-    saved = 5  # the input and weight of both layers, and GELU's input
+    saved = 4  # both layers' weights, GELU's input and output; the first layer's input is the source
     assert noted == [4 * (few + 4096 + saved * few)] * 3 + [4 * 2 * 4096]
 
 
