@@ -30,7 +30,7 @@ from revcore.errors import SpecError
 from revcore.policy import MemoryBudget, Policy, Segment, StoreAll, check_policy, segments
 from revcore.program import Program
 from revcore.step import Anchor, Bijection, Couple, Primitive
-from revcore_torch import fakes, replay
+from revcore_torch import fakes, outside, replay
 from revcore_torch.detect import nodes_of
 from revcore_torch.drift import warn_once
 from revcore_torch.functional import as_is, check, wide
@@ -39,20 +39,19 @@ from revcore_torch.steps import Arguments, Streams, make_calls, narrowed, widene
 
 
 def _flatten(tree: Any, leaves: list[Any]) -> str:
-    """Return the form of a tree of tuples, lists and dicts as text, which dynamo knows as a constant."""
+    """Return the form of a tree of tuples, lists and dicts as text, which dynamo knows as a constant.
+
+    A dict's keys are leaves too, and so is the class of a named tuple.
+    """
     if isinstance(tree, (tuple, list)):
         kind = "t" if isinstance(tree, tuple) else "l"
+        if hasattr(tree, "_fields"):
+            kind = "n"
+            leaves.append(type(tree))
         return kind + str(len(tree)) + " " + "".join([_flatten(child, leaves) for child in tree])
     if isinstance(tree, dict):
-        keys = " ".join(tree)
-        return (
-            "d"
-            + str(len(tree))
-            + " "
-            + keys
-            + (" " if keys else "")
-            + "".join([_flatten(v, leaves) for v in tree.values()])
-        )
+        leaves.extend(tree)
+        return "d" + str(len(tree)) + " " + "".join([_flatten(v, leaves) for v in tree.values()])
     leaves.append(tree)
     return "."
 
@@ -69,18 +68,16 @@ def _read(leaves: Sequence[Any], leaf: int, form: str, at: int) -> tuple[Any, in
         return leaves[leaf], leaf + 1, at + 1
     end = form.index(" ", at)
     count, at = int(form[at + 1 : end]), end + 1
-    keys = []
-    if kind == "d":
-        for _ in range(count):
-            end = form.index(" ", at)
-            keys.append(form[at:end])
-            at = end + 1
+    keys = leaves[leaf : leaf + (count if kind == "d" else kind == "n")]
+    leaf += len(keys)
     children = []
     for _ in range(count):
         child, leaf, at = _read(leaves, leaf, form, at)
         children.append(child)
     if kind == "d":
         return dict(zip(keys, children, strict=True)), leaf, at
+    if kind == "n":
+        return keys[0](*children), leaf, at
     return (tuple(children) if kind == "t" else children), leaf, at
 
 
@@ -349,10 +346,10 @@ def _made_plan(
     if program.lattice is not None:
         _compile_blocks(blocks)
         return _Plan("exact")
-    outside = _obstacle(program, blocks, streams, arguments, any(part.kind == "reverse" for part in parts))
-    if outside is not None:
+    obstacle = _obstacle(program, blocks, streams, arguments, any(part.kind == "reverse" for part in parts))
+    if obstacle is not None:
         _compile_blocks(blocks)
-        return _Plan(outside)
+        return _Plan(obstacle)
     numbers: dict[int, int] = {}
     steps = []
     for call in make_calls(program, blocks):
@@ -371,6 +368,7 @@ def _differentiable(block: Any) -> dict[str, Tensor]:
 class _Watch(TorchDispatchMode):
     """Note whether an operation draws random numbers."""
 
+    supports_higher_order_operators = True
     draws = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -418,6 +416,8 @@ def _try(
     buffers = [(b, b._version) for m in modules for b in m.buffers(recurse=False)]
     known = {id(p) for m in modules for p in m.parameters(recurse=False)}
     known |= {id(t) for t in pytree.tree_leaves((streams, arguments.args, arguments.kwargs, arguments.layerwise))}
+    attributes = [(vars(m), vars(m).copy()) for m in modules]
+    glanced = outside.glance(everything=True)
     with torch.enable_grad(), _Watch() as watch:
         for call in make_calls(program, blocks):
             f, aux = call.evaluate(streams, arguments)
@@ -426,8 +426,10 @@ def _try(
                 return "aux"
     if not reversing:
         return None
-    if watch.draws:
+    if watch.draws or outside.put_back(glanced):
         return "random"
+    if any(now.get(name) is not value for now, then in attributes for name, value in then.items()):
+        return "attributes"
     if any(b._version != version for b, version in buffers):
         return "buffers"
     nodes = [*nodes_of(streams)]
@@ -475,6 +477,7 @@ def _run_outside(
 _WHY = {
     "random": "a block draws random numbers, and the graph cannot draw the same again: call eval(), set p=0",
     "buffers": "a block changes its buffers (batch statistics, a power iteration), which must happen once: call eval()",
+    "attributes": "a block counts or remembers in attributes of its own, which must happen at each call",
     "aux": "a block returns more than its f",
     # dynamo (torch 2.13) says of needs_input_grad inside torch.func.vjp that nothing wants a gradient
     "function": "a block calls a torch.autograd.Function, whose backward may ask for ctx.needs_input_grad",

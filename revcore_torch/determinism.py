@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensor
 from revcore.errors import InversionError, SpecError
 from revcore_torch import replay
 from revcore_torch.steps import is_dense
+from revcore_torch.watch import is_faking
 
 CHECKS = ("values", "shapes", "none")
 
@@ -87,10 +88,11 @@ class Sample:
 
     def __init__(self, tensors: Iterable[tuple[str, int, Any]]) -> None:
         groups: dict[Any, list[tuple[_Part, Tensor]]] = {}
+        types = (*_TYPES, FakeTensor) if is_faking() else _TYPES  # a plan's, which count for their memory
         # no mode of the user's sees, counts or changes what is copied
         with torch.no_grad(), replay._unseen(), torch._C.DisableTorchFunction():  # pyright: ignore[reportAttributeAccessIssue]
             for role, number, tensor in tensors:
-                if _has_values(tensor):
+                if type(tensor) in types and _has_values(tensor):
                     there = groups.setdefault((tensor.dtype, tensor.device), [])
                     there.append((_part(role, number, tensor), tensor))
             self.groups = [[part for part, _ in group] for group in groups.values()]
@@ -117,8 +119,7 @@ class Sample:
 
 def _has_values(tensor: Any) -> bool:
     return (
-        type(tensor) in _TYPES
-        and tensor.dtype in _DTYPES
+        tensor.dtype in _DTYPES
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and tensor.device.type != "meta"
@@ -128,7 +129,7 @@ def _has_values(tensor: Any) -> bool:
     )
 
 
-_TYPES = (Tensor, nn.Parameter, FakeTensor)
+_TYPES = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128)
 
 

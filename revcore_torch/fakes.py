@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from revcore.errors import SpecError
+from revcore_torch import outside
 from revcore_torch.detect import nodes_of
+from revcore_torch.reach import caches_of
 
 _DATA_NEEDED = (errors.DataDependentOutputException, errors.DynamicOutputShapeException)
 _NO_FAKE = (errors.UnsupportedOperatorException, errors.UnsupportedFakeTensorException)
@@ -37,6 +38,7 @@ class Fakes:
 
     def __init__(self, mode: FakeTensorMode, device: torch.device) -> None:
         self._mode, self._device = mode, device
+        self._caches: list[tuple[Any, Any]] = []  # and what is in them, for what will be run is no copy all over
 
     def copy(self, value: Any) -> Any:
         """Return a deep copy of modules, tensors and whatever holds them, with a fake tensor for each tensor.
@@ -45,6 +47,7 @@ class Fakes:
             SpecError: something in it cannot be copied.
         """
         memo: dict[int, Any] = {}
+        self._caches += [(cache, _content(cache)) for cache in caches_of(pytree.tree_leaves(value))]
         modules = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, nn.Module)]
         if any(nn.parameter.is_lazy(p) for module in modules for p in module.parameters()):
             raise SpecError(
@@ -63,6 +66,19 @@ class Fakes:
                 memo[id(parameter)].grad = self.tensor(parameter.grad)
         return result
 
+    def empty_caches(self) -> None:
+        """Put back what functions, classes and global variables held before: a fake tensor there is of no use."""
+        for cache, content in self._caches:
+            if isinstance(cache, dict):
+                if cache.keys() != content.keys():
+                    cache.clear()
+                    cache.update(content)
+            elif isinstance(cache, list):
+                if len(cache) != len(content):
+                    cache[:] = content
+            elif cache.cache_info().currsize != content:
+                cache.cache_clear()
+
     def tensor(self, tensor: Tensor) -> Tensor:
         """Return a fake one like it; where it is on the meta device, on the one planned for."""
         if tensor.layout != torch.strided:
@@ -70,6 +86,10 @@ class Fakes:
         device = self._device if tensor.device.type == "meta" else tensor.device
         fake = torch.empty_strided(tuple(tensor.shape), tuple(tensor.stride()), dtype=tensor.dtype, device=device)
         return fake.requires_grad_(tensor.requires_grad)
+
+
+def _content(cache: Any) -> Any:
+    return cache.copy() if isinstance(cache, (dict, list)) else cache.cache_info().currsize
 
 
 class _Copying(TorchFunctionMode):
@@ -105,13 +125,14 @@ def faking(what: str, device: str = "cpu") -> Iterator[Fakes]:
     there = torch.device(device)
     if there.type != "cpu" and not torch.get_device_module(there).is_available():
         raise SpecError(f"device came as {device!r}, which this PyTorch does not have here: plan for 'cpu'")
-    state = random.getstate()
+    glanced = outside.glance(everything=True)
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a function may close over real tensors
+    fakes = Fakes(mode, there)
     try:
         # what is compiled would compile anew for fakes; without dynamo loaded (which takes seconds), nothing is
         eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
         with _disable_current_modes(), _own_hooks(), eager, mode, _Refusing(what):
-            yield Fakes(mode, there)
+            yield fakes
     except (*_DATA_NEEDED, *_NO_FAKE) as error:
         why = "needs the data" if isinstance(error, _DATA_NEEDED) else "has no fake implementation"
         raise SpecError(_message(what, f"the operation {getattr(error, 'func', error)} {why}")) from error
@@ -120,7 +141,8 @@ def faking(what: str, device: str = "cpu") -> Iterator[Fakes]:
             raise SpecError(_message(what, str(error).strip().splitlines()[0])) from error
         raise
     finally:
-        random.setstate(state)
+        outside.put_back(glanced)
+        fakes.empty_caches()
 
 
 def _own_hooks() -> contextlib.AbstractContextManager[Any]:
@@ -136,12 +158,14 @@ def _same(tensor: Tensor) -> Tensor:
 class _Refusing(TorchDispatchMode):
     """Refuses what would make a plan too low."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, what: str) -> None:
         super().__init__()
         self._what = what
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func._overloadpacket in _UNTRUE:
+        if getattr(func, "_overloadpacket", None) in _UNTRUE:
             library = "mkldnn" if func._overloadpacket is _UNTRUE[0] else "cudnn"
             why = f"{func} hides there what it keeps (torch.backends.{library}.flags(enabled=False) runs another)"
             raise SpecError(_message(self._what, why))

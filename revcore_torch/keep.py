@@ -137,6 +137,8 @@ class _Result:
 
 
 class _Mode(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, kept: Kept, devices: tuple[torch.device, ...]) -> None:
         super().__init__()
         self.kept, self.devices = kept, devices

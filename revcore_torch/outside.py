@@ -18,14 +18,14 @@ Glance = dict[str, Any]
 recorded: list[str] = []
 
 
-def glance() -> Glance:
+def glance(everything: bool = False) -> Glance:
     """Return the states of the generators that are not recorded at each step, as cheaply as they can be had."""
-    return {name: look() for name, (look, _, _) in _GENERATORS.items() if name not in recorded}
+    return {name: look() for name, (look, _, _) in _GENERATORS.items() if everything or name not in recorded}
 
 
 def put_back(glanced: Glance) -> list[str]:
     """Put those that moved since then into the states that they had, and return their names."""
-    now = glance()
+    now = {name: _GENERATORS[name][0]() for name in glanced}
     moved = [name for name, state in glanced.items() if state is not None and state != now.get(name)]
     for name in moved:
         _GENERATORS[name][2](glanced[name])

@@ -171,6 +171,45 @@ def _parts(value: Any, kind: type) -> Iterable[Any]:
     return [*getattr(value, "__dict__", {}).values()][:_ITEMS]
 
 
+def caches_of(blocks: Iterable[Any]) -> list[Any]:
+    """Return the dicts, lists and ``functools.cache``s that blocks use and that no copy of a block has anew.
+
+    They are global, of a class, or a function closes over them.
+    """
+    found: list[Any] = []
+    seen: set[int] = set()
+
+    def look(value: Any, depth: int) -> None:
+        if id(value) in seen or depth == 0 or type(value) in _ATOMS:
+            return
+        seen.add(id(value))
+        if isinstance(value, (dict, list)):
+            found.append(value)
+        elif hasattr(value, "cache_clear"):
+            found.append(value)
+            look(getattr(value, "__wrapped__", None), depth - 1)
+        elif isinstance(value, types.FunctionType):
+            names = value.__globals__
+            used = [names[name] for name in value.__code__.co_names if name in names]
+            for part in (*_contents(value.__closure__), *(value.__defaults__ or ()), *used):
+                look(part, depth - 1)
+        elif isinstance(value, types.MethodType):
+            look(value.__func__, depth - 1)
+
+    for block in blocks:
+        for module in modules_of(block):
+            for kind in type(module).__mro__:
+                if _is_users(kind):
+                    for value in vars(kind).values():
+                        look(value, 3)
+            for name, value in vars(module).items():
+                if name not in _STANDARD and callable(value):
+                    look(value, 3)
+        if not isinstance(block, nn.Module) and callable(block):
+            look(block, 4)
+    return found
+
+
 def _is_users(kind: type) -> bool:
     return not issubclass(kind, (Tensor, type)) and kind.__module__.partition(".")[0] not in _LIBRARIES
 

@@ -336,13 +336,13 @@ class Tape:
                 self._rebuild(walk, index)
 
     @contextlib.contextmanager
-    def _walking(self) -> Iterator[Pass]:
+    def _walking(self, node: Any = None) -> Iterator[Pass]:
         """The state of this backward pass (T5): begun where there is none, gone when it ends or fails."""
         task = _task()
         walk = self.current  # read once: another thread may be on its own way back, and put its state there
         if walk is None or walk.task != task:
             is_inside = walk is not None and walk.thread == threading.get_ident() and task != -1 and walk.task != -1
-            walk = self.current = walk.inside(task) if walk is not None and is_inside else self._begin(task)
+            walk = self.current = walk.inside(task) if walk is not None and is_inside else self._begin(task, node)
             if task != -1:
                 me = weakref.ref(self)
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: _end(me, task))  # type: ignore[attr-defined]
@@ -355,8 +355,8 @@ class Tape:
             self.current = None
             walk.judge.settle()
 
-    def _begin(self, task: int) -> Pass:
-        kept = self._kept()
+    def _begin(self, task: int, node: Any = None) -> Pass:
+        kept = self._kept() if node is None else node.saved_tensors
         if task != -1:
             if torch.is_grad_enabled():
                 self.left = [(t.detach(), version(t)) for t in kept]
@@ -638,7 +638,7 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        with ctx.tape._walking():  # takes the kept tensors now, before autograd frees them
+        with ctx.tape._walking(ctx):  # takes the kept tensors now, before autograd frees them
             return None, None, *grads
 
 

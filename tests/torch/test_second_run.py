@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import copy
 import functools
 import hashlib
 import itertools
@@ -16,16 +17,22 @@ import random
 import secrets
 import time
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.nn.utils import parametrizations, parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import revcore
+from revcore import InversionError, SpecError
+from revcore_torch import Checkpoint, MemoryBudget, Reverse, ReversibleSequential, StoreAll, outside, plan, reversible
+from revcore_torch.fakes import faking
+from revcore_torch.hf import make_reversible
 from tests.torch.harness import WIDTH, make_input
 from tests.torch.second_run import (
     DEPTH,
@@ -38,6 +45,8 @@ from tests.torch.second_run import (
     body,
     check,
     four,
+    ours,
+    plain,
     refused,
     same,
     train,
@@ -819,3 +828,224 @@ def _():
 @pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
 def test(situation: Situation) -> None:
     check(situation)
+
+
+# --- what needs a test of its own -------------------------------------------------------------------------------------
+
+
+COMPILED = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+def in_place(x: Tensor, f: Tensor) -> Tensor:
+    return x.add_(f)
+
+
+def test_a_coupling_that_writes_in_place_is_refused() -> None:
+    blocks, coupling = four(body), revcore.Coupling.from_functions(in_place, torch.sub)
+    x = make_input()
+    for policy in (Reverse(), Checkpoint(), StoreAll()):
+        with pytest.raises(SpecError, match=r"changed its stream or f in place.*x \+ f for x.add_\(f\)"):
+            reversible(revcore.revnet(DEPTH, coupling), blocks, [t.clone() for t in x.chunk(2, 1)], policy=policy)
+
+
+def test_a_kept_result_that_an_extra_output_shares_and_somebody_changes() -> None:
+    """As the plain network refuses it, whose graph keeps the same memory."""
+
+    def block(self: Any, f: Tensor) -> Any:
+        h = torch.tanh(f)
+        return h + f, h
+
+    blocks, policy = four(lambda: Block(block)), Reverse(recompute=[torch.ops.aten.tanh.default])
+    for network in (plain(blocks), ours(blocks, policy)):
+        y, aux = network(make_input())
+        aux[1][0].detach().add_(1)
+        with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+            y.sum().backward()
+
+
+@COMPILED
+def test_cond_and_compiled_autograd() -> None:
+    def block(self: Any, f: Tensor) -> Tensor:
+        return torch.cond(f.sum() > 0, torch.sin, torch.cos, (f,))
+
+    torch._dynamo.reset()
+    for blocks, context in (
+        ([Block(block), Block(block)], contextlib.nullcontext()),
+        ([body(), body()], compiled_autograd._enable(torch.compile(backend="eager"))),
+    ):
+        found = []
+        for network, around in ((ours(blocks, Reverse()), context), (plain(blocks), contextlib.nullcontext())):
+            x = make_input()
+            with around:
+                network(x).pow(2).sum().backward()
+            found.append(x.grad)
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+def test_jagged_streams() -> None:
+    offsets, blocks = torch.tensor([0, 2, 7, 10]), [nn.Sequential(body(), nn.Dropout(0.3)) for _ in range(3)]
+
+    def gradients(run: Any) -> list[Tensor]:
+        torch.manual_seed(1)
+        values = [torch.randn(10, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        a, b = run(*[torch.nested.nested_tensor_from_jagged(v, offsets) for v in values])
+        (a.values().pow(2).sum() + b.values().sum()).backward()
+        return [v.grad for v in values if v.grad is not None]
+
+    def by_hand(a: Tensor, b: Tensor) -> Any:
+        for block in blocks:
+            a, b = b, a + block(b)
+        return a, b
+
+    for policy in (Reverse(), Checkpoint()):
+        for got, expected in zip(
+            gradients(lambda *streams, policy=policy: reversible(revcore.revnet(3), blocks, streams, policy=policy)),
+            gradients(by_hand),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+class Looped(nn.Module):
+    """Layers as a Hugging Face model calls them, with something done before each."""
+
+    def __init__(self, before: Any) -> None:
+        super().__init__()
+        self.layers, self.before = nn.ModuleList([Layer() for _ in range(DEPTH)]), before
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            self.before()
+            x = layer(x)
+        return x
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = body()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + nn.functional.dropout(self.body(x), 0.4)
+
+
+@pytest.mark.parametrize("before", [lambda: torch.manual_seed(3), lambda: torch.rand(3)], ids=["seeds", "draws"])
+def test_random_numbers_between_the_layers_of_a_loop(before: Any) -> None:
+    found = []
+    for policy in (StoreAll(), Reverse(), Checkpoint(every=2)):
+        torch.manual_seed(0)
+        model = make_reversible(Looped(before), "momentum", beta=0.9, policy=policy, layers="layers")
+        x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
+        model(x).pow(2).sum().backward()
+        found.append(x.grad)
+    for grad in found[1:]:
+        torch.testing.assert_close(grad, found[0], rtol=1e-12, atol=1e-12)
+
+
+Pair = collections.namedtuple("Pair", "first second")
+
+
+@COMPILED
+def test_compiled_arguments_in_dicts_of_any_key_and_named_tuples() -> None:
+    def block(self: Any, f: Tensor, table: Any, pair: Any) -> Tensor:
+        return f * table[3] + pair.second * table[1, 2]
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = ReversibleSequential(Block(block), Block(block))
+    table, pair = (
+        {3: torch.rand(WIDTH).double(), (1, 2): torch.rand(WIDTH).double()},
+        Pair(1, torch.rand(WIDTH).double()),
+    )
+    found = []
+    for run in (torch.compile(model, backend="eager", fullgraph=True), plain([*model])):
+        x = make_input()
+        run(x, table, pair).pow(2).sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
+@COMPILED
+def test_compiled_blocks_that_draw_from_python() -> None:
+    """And one that counts its calls, whose second run is refused there as anywhere."""
+
+    def draw(self: Any, f: Tensor) -> Tensor:
+        return f * random.random()
+
+    found = []
+    for compiled in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        random.seed(0)
+        model = ReversibleSequential(Block(draw), Block(draw))
+        run = torch.compile(model, backend="eager") if compiled else plain([*model])
+        found.append([*train(run), torch.tensor(random.random())])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(InversionError, match=SECOND):
+        train(torch.compile(ReversibleSequential(Block(count, calls=0), Block(count, calls=0)), backend="eager"))
+
+
+TABLES: dict[int, Tensor] = {}
+
+
+@functools.cache
+def cached_table(width: int) -> Tensor:
+    return torch.linspace(0.5, 1, width, dtype=torch.float64)
+
+
+class Tables(nn.Module):
+    shared: ClassVar[list[Tensor]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.rng = body(), np.random.default_rng(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] not in TABLES:
+            TABLES[x.shape[-1]] = torch.ones_like(x[:1])
+        if not self.shared:
+            self.shared.append(torch.ones_like(x[:1]))
+        number = self.rng.random() + random.random() + np.random.rand()  # noqa: NPY002
+        return self.body(x) * cached_table(x.shape[-1]) * TABLES[x.shape[-1]] * self.shared[0] * number
+
+
+@pytest.mark.parametrize("what", ["plan", "budget", "compile"])
+def test_nothing_that_a_plan_does_can_be_seen_afterwards(what: str) -> None:
+    cached_table.cache_clear()
+    TABLES.clear()
+    Tables.shared.clear()
+    model, x = ReversibleSequential(Tables(), Tables(), Tables()), make_input()
+    before = random.getstate(), np.random.get_state()[2], model[0].rng.bit_generator.state  # noqa: NPY002
+    if what == "plan":
+        plan(model, x)
+    elif what == "budget":
+        model.policy = MemoryBudget(bytes=1)
+        with pytest.raises(SpecError, match="the least that this network takes"):
+            model(x)
+    else:
+        torch._dynamo.reset()
+        with faking("a test") as fakes:
+            copied, fake = fakes.copy(([*model], x))
+            copied[0](fake.chunk(2, 1)[0])
+    assert (random.getstate(), np.random.get_state()[2], model[0].rng.bit_generator.state) == before  # noqa: NPY002
+    assert not TABLES
+    assert not Tables.shared
+    assert cached_table.cache_info().currsize == 0
+
+
+def test_a_pass_that_is_repeated_takes_back_stored_steps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's generator is recorded from the pass on that moved it, which is run once more."""
+    monkeypatch.setattr(outside, "recorded", [])
+
+    def block(self: Any, f: Tensor) -> Tensor:
+        return nn.functional.dropout(self.norm(f), 0.3) * random.random()
+
+    blocks = four(lambda: Block(block, norm=norm()))
+    results = []
+    for run in (plain(copy.deepcopy(blocks)), ours(blocks, [StoreAll(), Reverse(), StoreAll(), Checkpoint()])):
+        torch.manual_seed(0)
+        random.seed(0)
+        results.append(run(make_input()))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert [block.norm.num_batches_tracked.item() for block in blocks] == [1] * DEPTH
