@@ -54,7 +54,7 @@ def network(change: Callable[[Tensor], Tensor], at: int | None, depth: int = 8, 
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-# What a checkpoint's last step returns the second time nobody uses.
+# What a checkpoint's last step returns the second time nobody uses, but for what it saved on the way.
 @pytest.mark.parametrize(
     ("at", "factor", "policy"),
     [(7, 1.0001, Reverse()), (3, 1.001, Reverse()), (None, 1.0001, Reverse()), (1, 1.0001, Checkpoint(every=4))],
@@ -101,6 +101,21 @@ def test_after_a_pass_that_was_refused_the_network_trains_on() -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_saved_tensors_alone_tell_of_a_run_that_stops_early() -> None:
+    """The last step of a checkpoint: its output is never computed again."""
+
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x)) + (0.01 if is_recomputing() else 0))
+
+    with pytest.raises(InversionError, match="saved tensor"):
+        step(ReversibleSequential(Early(), policy=Checkpoint()))
+
+
 def test_values_that_no_version_tells_of() -> None:
     model, mask = ReversibleSequential(*[Masked() for _ in range(3)]), torch.ones(WIDTH)
     y = model(torch.randn(4, 2 * WIDTH, requires_grad=True), mask)
@@ -142,8 +157,8 @@ def test_a_few_places_that_flip_pass() -> None:
 def test_infinities_and_nan_are_no_difference() -> None:
     model = network(same, None)
     with torch.no_grad():
-        model[3].body[2].bias[::2] = math.inf  # type: ignore[index, union-attr]
-        model[5].body[2].bias[1::2] = math.nan  # type: ignore[index, union-attr]
+        model[7].body[2].bias[::4] = math.inf  # type: ignore[index, union-attr]
+        model[7].body[2].bias[1::2] = math.nan  # type: ignore[index, union-attr]
     step(model)
 
 

@@ -863,6 +863,20 @@ def test_a_kept_result_that_an_extra_output_shares_and_somebody_changes() -> Non
             y.sum().backward()
 
 
+def test_a_draw_of_the_blocks_own_generator_that_is_kept() -> None:
+    def block(self: Any, f: Tensor) -> Tensor:
+        kept = torch.rand(f.shape, generator=self.rng, dtype=f.dtype)
+        return torch.tanh(f) * kept * torch.empty_like(f).uniform_(generator=self.rng)
+
+    policy = Reverse(recompute=[torch.ops.aten.rand.generator])
+    found = []
+    for make in (plain, lambda blocks: ours(blocks, policy)):
+        torch.manual_seed(0)
+        found.append(train(make(four(lambda: Block(block, rng=torch.Generator().manual_seed(3))))))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 @COMPILED
 def test_cond_and_compiled_autograd() -> None:
     def block(self: Any, f: Tensor) -> Tensor:
@@ -1010,13 +1024,18 @@ class Tables(nn.Module):
         return self.body(x) * cached_table(x.shape[-1]) * TABLES[x.shape[-1]] * self.shared[0] * number
 
 
+def states(model: Any) -> tuple[Any, ...]:
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), numpy[2], model[0].rng.bit_generator.state
+
+
 @pytest.mark.parametrize("what", ["plan", "budget", "compile"])
 def test_nothing_that_a_plan_does_can_be_seen_afterwards(what: str) -> None:
     cached_table.cache_clear()
     TABLES.clear()
     Tables.shared.clear()
     model, x = ReversibleSequential(Tables(), Tables(), Tables()), make_input()
-    before = random.getstate(), np.random.get_state()[2], model[0].rng.bit_generator.state  # noqa: NPY002
+    before = states(model)
     if what == "plan":
         plan(model, x)
     elif what == "budget":
@@ -1028,7 +1047,7 @@ def test_nothing_that_a_plan_does_can_be_seen_afterwards(what: str) -> None:
         with faking("a test") as fakes:
             copied, fake = fakes.copy(([*model], x))
             copied[0](fake.chunk(2, 1)[0])
-    assert (random.getstate(), np.random.get_state()[2], model[0].rng.bit_generator.state) == before  # noqa: NPY002
+    assert states(model) == before
     assert not TABLES
     assert not Tables.shared
     assert cached_table.cache_info().currsize == 0
