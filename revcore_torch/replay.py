@@ -364,6 +364,19 @@ class Buffers:
                 buffer.data.copy_(value)
 
 
+@contextlib.contextmanager
+def restored_on_error(blocks: Sequence[Any], streams: Sequence[Tensor]) -> Iterator[None]:
+    """Leave buffers and generators as they were if what is done meanwhile fails."""
+    devices = random_devices(streams)
+    random, buffers = random_state(devices), Buffers([m for block in blocks for m in modules_of(block)])
+    try:
+        yield
+    except BaseException:
+        buffers.take_back()
+        set_random_state(devices, random)
+        raise
+
+
 Place = dict[str, Tensor | None]
 
 

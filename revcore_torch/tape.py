@@ -27,6 +27,7 @@ from revcore_torch import detect, outside, replay, zero
 from revcore_torch.drift import DriftProbe, probing, warn_once
 from revcore_torch.keep import Kept, on_host
 from revcore_torch.steps import Arguments, Call, Streams, check_contents, make_calls, run_plain, tensors_within, version
+from revcore_torch.watch import is_known
 
 Handle = tuple[int, int]
 
@@ -212,6 +213,7 @@ class Tape:
             detect.warn_once(call.index, call.block, f, first_node)
             streams, carry = call.first(streams, f)
         if self.kind == "reverse":
+            call.try_inverse(streams, arguments)
             frame.carry = slice(len(self.carries), len(self.carries) + len(carry))
             self.carries += carry
         frame.saved = replay.Saved(live)
@@ -556,7 +558,9 @@ def run(
     if watch is not None:
         streams = watch.encode(streams, "the input")
     if all(segment.kind == "store" for segment in plan):
-        return _run_plan(plan, calls, streams, arguments, [], make_tape)
+        restoring = any(call.may_lose_streams() for call in calls) and is_known(streams[0])
+        with replay.restored_on_error(blocks, streams) if restoring else _NOTHING:
+            return _run_plan(plan, calls, streams, arguments, [], make_tape)
     tapes: list[Tape] = []
     probe = probing(program, streams, policy)
     contents, glanced = arguments.contents(), outside.glance()
