@@ -7,7 +7,7 @@ from typing import Any
 
 from revcore.errors import SpecError
 from revcore.program import Program
-from revcore.step import Anchor
+from revcore.step import Anchor, Bijection
 
 
 def check_program(program: Any) -> Program:
@@ -132,10 +132,22 @@ def check_coupled(index: int, y: Any, target: Any) -> None:
 
 
 def check_stream_outputs(
-    index: int, step: str, streams: Any, num_streams: int
+    index: int | None, step: Anchor | Bijection, streams: Any, num_streams: int, *, inverse: bool = False
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Part what an Anchor or Bijection returned into ``(streams, aux)``."""
-    if not isinstance(streams, (tuple, list)) or len(streams) < num_streams:
-        came = f"{len(streams)} of them" if isinstance(streams, (tuple, list)) else type(streams).__name__
-        raise SpecError(f"step {index} ({step}) must return its {num_streams} streams as a tuple, but returned {came}")
+    """Split what an Anchor or Bijection returned into ``(streams, aux)``; two functions return streams alone.
+
+    ``index`` is ``None`` where nobody knows which step of the program it is.
+    """
+    several = isinstance(streams, (tuple, list))
+    if not several or len(streams) < num_streams or (len(streams) > num_streams and not step.block):
+        got = f"{len(streams)} of them" if several else type(streams).__name__
+        name = type(step).__name__ + ".inverse" * inverse
+        place = f"step {index} ({name})" if index is not None else f"a step ({name})"
+        hint = ""
+        if not step.block:
+            hint = (
+                f": return exactly {num_streams} from a Bijection's two functions. For auxiliary outputs write "
+                "Bijection() and give a block with forward and inverse"
+            )
+        raise SpecError(f"{place} must return its {num_streams} streams as a tuple, but returned {got}{hint}")
     return tuple(streams[:num_streams]), tuple(streams[num_streams:])

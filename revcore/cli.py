@@ -288,15 +288,16 @@ def check(
         ),
     ],
     shape: Annotated[
-        str, typer.Option(metavar="N,N,…", help="Of a stream; a real one where the coupling holds arrays.")
-    ] = "64",
+        str | None,
+        typer.Option(metavar="N,N,…", help="Of a stream, where the coupling holds arrays; else several are tried."),
+    ] = None,
     arrays: Annotated[
         Literal["numpy", "torch", "jax"],
         typer.Option(help="Whose arrays to try it on, if its functions take no others."),
     ] = "numpy",
     seed: Annotated[int, typer.Option(help="Of the random values.")] = 0,
 ) -> None:
-    """Prove on random values that a coupling keeps its laws, before a network is built of it.
+    """Try whether a coupling keeps its laws, before a network is built of it: on normal, large, tiny, special values.
 
     You see, by dtype:
 

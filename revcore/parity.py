@@ -1,8 +1,9 @@
 """Parity: hold what two runs of one network gave against each other, and say in one sentence whether they agree.
 
 The measure is the relative L2 error over a whole tree, ``‖a − b‖ / ‖b‖``, in units of ``depth·eps``: the rounding that
-a network of that depth may collect. Errors relative to each tensor alone explode where a tensor is nearly zero (the
-bias of an attention key), so they are shown and not judged.
+a network of that depth may collect. A large tree hides a small tensor, so each tensor is judged by itself, too: by its
+own norm, and by the noise that rounding leaves even of a gradient that is zero (the bias of an attention key, or before
+a batch norm), which goes with the largest gradients around.
 
 >>> exact = Record({"loss": 1.0}, {"0.weight": [3.0, 4.0]}, depth=4, dtype="float32")
 >>> print(compare(Record({"loss": 1.0}, {"0.weight": [3.0, 4.000001]}, depth=4, dtype="float32"), exact).verdict)
@@ -17,7 +18,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,6 +32,10 @@ EPS: dict[str, float] = {**drift.EPS, "tensorfloat32": 2.0**-10}
 
 # A looser tolerance than this passes networks that are plainly different.
 _LOOSEST = 1e-2
+# What a single tensor is allowed, as shares of the limit: of its own norm (in float32, an attention block's bias is off
+# by 7 depth·eps where the tree is by 2); and of the noise: of a tree whose numbers are all off by as much, and of the
+# largest numbers in it (gradients that are zero come to half a depth·eps of those).
+_OF_ITSELF, _OF_MEAN, _OF_LARGEST = 4.0, 1.0, 0.25
 
 __all__ = ["EPS", "Parting", "Record", "Report", "Row", "Stage", "StepRow", "compare", "loss_weights"]
 
@@ -107,10 +112,11 @@ class Row:
         error: ``‖a − b‖``.
         norm: ``‖b‖``.
         problem: why the two cannot be compared, or ``""``.
+        fault: in what the two differ by more than rounding explains in this tensor, or ``""``.
 
     >>> one, other = (Record({"loss": x}, dtype="float64") for x in (3.0, 4.0))
     >>> compare(one, other).rows
-    (Row(kind='value', name='loss', error=1.0, norm=4.0, problem=''),)
+    (Row(kind='value', name='loss', error=1.0, norm=4.0, problem='', fault='differs by 2.5e-01 of itself'),)
     """
 
     kind: str
@@ -118,6 +124,7 @@ class Row:
     error: float = math.nan
     norm: float = math.nan
     problem: str = ""
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,8 @@ class Report:
         rows: the tensors, in the order in which they came.
         value_error: ``‖a − b‖ / ‖b‖`` over all values; ``None`` if none were recorded.
         gradient_error: the same over all gradients.
-        problems: why the two cannot agree, whatever the errors: missing names, other shapes, NaN, zero gradients.
+        problems: why the two cannot agree, whatever the errors over all: missing names, other shapes, NaN, zero
+            gradients, and single tensors that differ by more than rounding explains, where the whole hides them.
         depth: how many steps the errors are counted in.
         dtype: the dtype whose eps they are counted in.
         limit: how many ``depth·eps`` are allowed.
@@ -244,10 +252,10 @@ class Report:
         return f"{self.names[0]} and {self.names[1]} {agree}: {'; '.join(reasons)}."
 
     def table(self, limit: int = 12) -> str:
-        """Return a table of the ``limit`` worst tensors, worst first, as plain text.
+        """Return a table of the ``limit`` worst tensors as plain text: first those at fault, then by their error.
 
         Columns: the error's share in the whole tree's in units of ``depth·eps`` (judged as their root sum of squares),
-        the error relative to the tensor itself (shown only), the tensor's norm.
+        the error relative to the tensor itself, the tensor's norm.
         """
         from rich import box
         from rich.console import Console
@@ -256,7 +264,7 @@ class Report:
         norms = {kind: math.hypot(*(row.norm for row in self.rows if row.kind == kind and not row.problem))
                  for kind in ("value", "gradient")}  # fmt: skip
         shares = {id(row): _ratio(row.error, norms[row.kind]) / self.unit for row in self.rows}
-        worst = sorted(self.rows, key=lambda row: (not row.problem, -_or_inf(shares[id(row)])))
+        worst = sorted(self.rows, key=lambda row: (not row.problem, not row.fault, -_or_inf(shares[id(row)])))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("tensor", no_wrap=True)
         for header in ("depth·eps of all", "relative to itself", f"norm in {self.names[1]}"):
@@ -313,6 +321,10 @@ def compare(
 ) -> Report:
     """Hold two records against each other: ``‖a − b‖ ≤ limit·depth·eps(dtype)·‖b‖`` over all values, and all gradients.
 
+    And in each tensor ``t`` of ``n`` numbers ``‖a_t − b_t‖ ≤ limit·depth·eps·(4·‖b_t‖ + √n·(r + R/4))``, where ``r`` is
+    the root mean square of all of ``b``, and ``R`` the largest of any tensor: what is wrong in a small one is named,
+    though the whole hides it, and one that is zero but for rounding is not accused.
+
     Whatever the limit, these never agree: a name missing on one side, other shapes, NaN or infinity, all gradients
     (or values) zero, nothing recorded, and a tolerance above 1e-2, which would prove nothing.
 
@@ -332,6 +344,12 @@ def compare(
     True
     >>> compare(Record(gradients=none, dtype="float64"), Record(gradients=one, dtype="float64")).problems
     ('gradient 0.weight is not finite in a',)
+
+    A small gradient that is missing:
+
+    >>> some = {"weight": np.ones(1000), "bias": np.full(2, 1e-5)}
+    >>> compare(Record(gradients={**some, "bias": np.zeros(2)}), Record(gradients=some)).problems
+    ('gradient bias is zero in a, and of norm 1.41e-05 in b',)
     """
     for record in (a, b):
         if not isinstance(record, Record):
@@ -344,11 +362,11 @@ def compare(
     dtype = max(a.dtype, b.dtype, key=EPS.__getitem__) if dtype is None else dtype
     _check(depth, dtype)
     steps, problems = _measure_steps(a.steps, b.steps, names)
-    value_rows, value_error, more = _measure("value", a.values, b.values, names)
-    problems += more
-    gradient_rows, gradient_error, more = _measure("gradient", a.gradients, b.gradients, names)
-    problems += more
     tolerance = limit * depth * EPS[dtype]
+    value_rows, value_error, more = _measure("value", a.values, b.values, names, tolerance)
+    problems += more
+    gradient_rows, gradient_error, more = _measure("gradient", a.gradients, b.gradients, names, tolerance)
+    problems += more
     if not tolerance <= _LOOSEST:
         problems.append(
             f"the tolerance {tolerance:.1e} is above {_LOOSEST:g} and proves nothing (lower the limit, or compare the "
@@ -416,12 +434,17 @@ def in_order(networks: Sequence[Sequence[Stage]]) -> tuple[Stage, ...]:
 
 
 def _measure(
-    kind: Literal["value", "gradient"], a: Mapping[str, Any] | None, b: Mapping[str, Any] | None, names: tuple[str, str]
+    kind: Literal["value", "gradient"],
+    a: Mapping[str, Any] | None,
+    b: Mapping[str, Any] | None,
+    names: tuple[str, str],
+    tolerance: float,
 ) -> tuple[list[Row], float | None, list[str]]:
     if a is None and b is None:
         return [], None, []
     a, b = a or {}, b or {}
-    rows, norms_a = [], []
+    rows: list[Row] = []
+    figures: dict[str, _Figures] = {}
     for name in dict.fromkeys((*b, *a)):
         if name not in a or name not in b:
             rows.append(Row(kind, name, problem=f"is missing in {names[0] if name not in a else names[1]}"))
@@ -437,17 +460,41 @@ def _measure(
         if blame:
             rows.append(Row(kind, name, problem=f"is not finite in {' and '.join(blame)}"))
             continue
-        norms_a.append(found.norm_a)
+        figures[name] = found
         rows.append(Row(kind, name, found.error, found.norm_b))
     problems = [f"{kind} {row.name} {row.problem}" for row in rows if row.problem]
-    compared = [row for row in rows if not row.problem]
     if not rows:
         problems.append(f"no {kind}s were recorded")
-    norm = math.hypot(*(row.norm for row in compared))
-    for side, size in zip(names, (math.hypot(*norms_a), norm), strict=True):
-        if compared and size == 0:
+    norms = [math.hypot(*(getattr(found, side) for found in figures.values())) for side in ("norm_a", "norm_b")]
+    for side, size in zip(names, norms, strict=True):
+        if figures and size == 0:
             problems.append(f"all {kind}s are zero in {side}")
-    return rows, _ratio(math.hypot(*(row.error for row in compared)), norm) if compared else math.inf, problems
+    error = _ratio(math.hypot(*(row.error for row in rows if not row.problem)), norms[1]) if figures else math.inf
+    largest = max((found.norm_b / found.size**0.5 for found in figures.values() if found.size), default=0.0)
+    mean = norms[1] / max(1, sum(found.size for found in figures.values())) ** 0.5
+    noise = tolerance * (_OF_MEAN * mean + _OF_LARGEST * largest)
+    faults = {
+        name: _fault(found, tolerance * _OF_ITSELF * found.norm_b + noise * found.size**0.5, names)
+        for name, found in figures.items()
+    }
+    rows = [replace(row, fault=faults.get(row.name, "")) for row in rows]
+    if error <= tolerance:  # else all is wrong, and not what is small
+        problems += [f"{kind} {name} {fault}" for name, fault in faults.items() if fault]
+    return rows, error, problems
+
+
+def _fault(found: _Figures, allowed: float, names: tuple[str, str]) -> str:
+    """Say in what a tensor differs by more than is allowed."""
+    error, a, b = found.error, found.norm_a, found.norm_b
+    if error <= allowed:
+        return ""
+    for norm, other, (here, there) in ((a, b, names), (b, a, names[::-1])):
+        if norm == 0:
+            return f"is zero in {here}, and of norm {other:.3g} in {there}"
+    # ‖a + b‖² = 2‖a‖² + 2‖b‖² − ‖a − b‖²
+    if 2 * a * a + 2 * b * b - error * error <= 0.01 * b * b:
+        return f"has another sign in {names[0]} than in {names[1]}"
+    return f"differs by {error / b:.1e} of itself"
 
 
 def _measure_steps(
@@ -488,10 +535,12 @@ class _Figures(NamedTuple):
     norm_a: float
     norm_b: float
     finite: tuple[bool, bool]
+    size: int
 
 
 def _figures(a: Any, b: Any) -> _Figures:
     """Measure two arrays of one shape where they lie: on one device by DLPack, so that only these figures travel."""
+    size = math.prod(a.shape)
     together = on_one_device(a, b)
     namespace, a, b = together or (np, to_numpy(a), to_numpy(b))
     # JAX without x64 would halve them; NumPy and torch need no such leave
@@ -502,9 +551,9 @@ def _figures(a: Any, b: Any) -> _Figures:
         a, b = (x.to(wide) if hasattr(x, "to") else x.astype(wide, copy=False) for x in (a, b))
         finite = bool(namespace.isfinite(a).all()), bool(namespace.isfinite(b).all())
         if not all(finite):
-            return _Figures(math.nan, math.nan, math.nan, finite)
+            return _Figures(math.nan, math.nan, math.nan, finite, size)
         error, *norms = (float((abs(x) ** 2).sum()) ** 0.5 for x in (a - b, a, b))
-        return _Figures(error, norms[0], norms[1], finite)
+        return _Figures(error, norms[0], norms[1], finite, size)
 
 
 def _check(depth: Any, dtype: Any) -> None:

@@ -73,7 +73,7 @@ def forward(program: Program, blocks: Sequence[Any], streams: Sequence[np.ndarra
             block = next(queue) if step.block else None
             move = _map_of(step, block)
             out = move(*current, *args, **kwargs) if block is not None else move(*current)
-            moved, extra = check_stream_outputs(index, type(step).__name__, out, program.num_streams)
+            moved, extra = check_stream_outputs(index, step, out, program.num_streams)
             current = _on_lattice(program, moved, f"step {index}") if isinstance(step, Anchor) else list(moved)
         if step.block:
             aux.append(extra)
@@ -97,13 +97,14 @@ def inverse(
     outputs = check_streams(program, streams, _is_array, _is_inexact, "NumPy array")
     queue = iter(reversed(check_blocks(program, blocks, program.num_blocks)))
     current = [outputs[program.output.index(i)] for i in range(program.num_streams)]
-    for step in reversed(program.unrolled):
+    for index, step in reversed(list(enumerate(program.unrolled))):
         block = next(queue) if step.block else None
         if not isinstance(step, Couple):
             assert isinstance(step, Bijection)
             undo = step.inverse if block is None else block.inverse  # type: ignore[attr-defined]
             assert undo is not None
-            current = list(undo(*current) if block is None else undo(*current, *args, **kwargs))
+            out = undo(*current) if block is None else undo(*current, *args, **kwargs)
+            current = list(check_stream_outputs(index, step, out, program.num_streams, inverse=True)[0])
             continue
         gathered = step.gather(current)
         f = gathered[0] if block is None else step.split(block(*gathered, *args, **kwargs), gathered)[0]

@@ -118,16 +118,22 @@ def _one_for_each(name: str, what: str, given: Any, n: int) -> Sequence[Any]:
 
 
 def probe(
-    program: Program, slots: tuple[Any, ...], theta: Any, shared: tuple[Any, ...], streams: tuple[Any, ...]
+    program: Program,
+    slots: tuple[Any, ...],
+    theta: Any,
+    shared: tuple[Any, ...],
+    streams: tuple[Any, ...],
+    reversing: bool,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Trace each block once: say what is wrong with it, and make arguments of the tracers that it closes over.
 
-    J2: a ``custom_vjp`` has no gradient for what is no argument of it, and JAX refuses such values.
+    J2: a ``custom_vjp`` has no gradient for what is no argument of it, and JAX refuses such values. ``reversing`` says
+    that inverses will be called, so that one that is wrong is told now and not in the backward pass.
 
     Returns:
         The slots and shared leaves to go on with.
     """
-    walk = _Walk(slots, len(shared))
+    walk = _Walk(slots, len(shared), reversing)
     # under eval_shape nothing is computed, and every value has the type it will have (sharding and all)
     jax.eval_shape(
         lambda *given: walk.visit(Chain(program.steps), slice(0, len(slots)), 0, *given), theta, shared, streams
@@ -140,8 +146,8 @@ _clean: WeakKeyDictionary[Any, set[Any]] = WeakKeyDictionary()
 
 
 class _Walk:
-    def __init__(self, slots: tuple[Any, ...], num_shared: int) -> None:
-        self.slots, self.num_shared = list(slots), num_shared
+    def __init__(self, slots: tuple[Any, ...], num_shared: int, reversing: bool) -> None:
+        self.slots, self.num_shared, self.reversing = list(slots), num_shared, reversing
         self.found: list[Any] = []  # tracers that blocks close over
         self.memo: dict[Any, Any] = {}  # equal layers become one hoisted block, so that they are traced once too
 
@@ -168,12 +174,14 @@ class _Walk:
             self._couple(step, slot, here, index, leaves, shared, streams)
             return streams
         out = step.forward(*streams) if slot is None else slot.move(leaves, shared, *streams)  # type: ignore[union-attr, misc]
-        after, _ = check_stream_outputs(index, type(step).__name__, out, len(streams))
+        after, _ = check_stream_outputs(index, step, out, len(streams))
         for stream in after:
             if not is_array(stream) or not is_inexact(stream):
                 raise SpecError(
                     f"step {index} ({type(step).__name__}) returned {stream!r} as a stream, expected a float array"
                 )
+        if self.reversing and slot is None:
+            check_stream_outputs(index, step, step.inverse(*after), len(streams), inverse=True)  # type: ignore[union-attr, misc]
         if slot is not None:
             pieces = {"move": Traced(slot.move, leaves, shared, *streams)}
             if isinstance(step, Bijection):

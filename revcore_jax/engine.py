@@ -160,7 +160,7 @@ def wide(
     slots, *leaves = bind(program, blocks, params, streams, args, kwargs, layerwise, stream_dtype)
     check_offload(policy, program)
     theta, shared, start = vary_alike(leaves, partial(once, Chain(program.steps), slots))
-    slots, shared = probe(program, slots, theta, shared, start)
+    slots, shared = probe(program, slots, theta, shared, start, isinstance(policy, Reverse))
     run = _run_plainly
     if isinstance(policy, Reverse):
         run = _run_reversed
@@ -231,7 +231,7 @@ def check_inverse(
     )
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((theta, shared, streams))):
         raise SpecError("check_inverse: a traced value came, expected concrete arrays: call it outside of jax.jit")
-    probe(program, slots, theta, shared, streams)
+    probe(program, slots, theta, shared, streams, True)
     steps = list(_unrolled(Chain(program.steps), slots, theta))
     states, carries = [watch.begin(program.lattice, streams)], []
     for step, slot, values in steps:
@@ -467,7 +467,7 @@ def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams, carry: 
         case Bijection():
             y, seen = watch.part(y)
             x = slots[0].undo(theta[0], shared, *y) if node.block else node.inverse(*y)  # type: ignore[misc]
-            x, _ = check_stream_outputs(0, "Bijection's inverse", x, len(y))
+            x, _ = check_stream_outputs(None, node, x, len(y), inverse=True)
             return x if seen is None else (*x, seen)
         case Seq(nodes):
             for child, here in reversed(list(children(nodes))):
@@ -541,10 +541,10 @@ def _block_output(step: Couple, slots: Slots, theta: Any, shared: Any, streams: 
     return step.split(slots[0](theta[0], shared, *given), given) if step.block else (given[0], ())
 
 
-def _move(step: Bijection | Anchor, slots: Slots, theta: Any, shared: Any, streams: Streams, index: int = 0) -> Any:
+def _move(step: Bijection | Anchor, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Any:
     streams, seen = watch.part(streams)
     out = slots[0].move(theta[0], shared, *streams) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
-    after, aux = check_stream_outputs(index, type(step).__name__, out, len(streams))
+    after, aux = check_stream_outputs(None, step, out, len(streams))
     if seen is not None:
         made = watch.encode(seen.lattice, after, "an Anchor") if isinstance(step, Anchor) else ()
         after = (*(made or after), seen.after(*made))

@@ -76,7 +76,7 @@ class DriftProbe(Probe):
         )
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((theta, shared, streams))):
             raise SpecError("DriftProbe: a traced value came, expected concrete arrays: call it outside of jax.jit")
-        boundary.probe(self.program, slots, theta, shared, streams)
+        boundary.probe(self.program, slots, theta, shared, streams, reversing=True)
         step, each = Chain(self.program.steps), -(-self.samples // len(streams))
         end, taken = _forth_jit(step, slots, each, theta, shared, streams)
         _, sums = _back_jit(step, slots, each, theta, shared, end, taken)

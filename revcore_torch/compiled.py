@@ -424,6 +424,9 @@ def _try(
             streams = call.merge(streams, f)
             if aux:
                 return "aux"
+            if reversing and isinstance(call.step, Bijection) and not call.step.block:
+                with torch.no_grad():  # the graph does not look at how many streams come
+                    call.undo(streams, None, arguments)
     if not reversing:
         return None
     if watch.draws or outside.put_back(glanced):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,11 +22,16 @@ from revcore.checks import (
 )
 from revcore.errors import InversionError, SpecError
 from revcore.program import Program
-from revcore.step import Anchor, Bijection, Couple, Primitive
+from revcore.step import Anchor, Bijection, Couple, Primitive, SpaceToDepth
 from revcore_torch.watch import Watch, is_known
 
 Streams = tuple[Tensor, ...]
 Dtypes = tuple[torch.dtype, torch.dtype]  # of the streams that came in, and of those that are held
+
+
+# Bijections of two functions (weakly held) of which one was seen to return as many streams as it got.
+_seen_forward: weakref.WeakSet[Bijection] = weakref.WeakSet()
+_seen_inverse: weakref.WeakSet[Bijection] = weakref.WeakSet()
 
 
 class Call:
@@ -41,7 +48,8 @@ class Call:
         if not isinstance(step, Couple):
             given = arguments.seen(streams) if isinstance(step, Anchor) else streams
             out = self.block(*given, *args, **kwargs) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
-            after, aux = check_stream_outputs(self.index, type(step).__name__, out, len(streams))
+            after, aux = check_stream_outputs(self.index, step, out, len(streams))
+            _note(_seen_forward, step)
             after = arguments.held(after, f"step {self.index} ({type(step).__name__})")
             return (self.watch.encode(after, f"step {self.index}") if self.watch and step.block else after), aux
         gathered = step.gather(streams)
@@ -106,8 +114,38 @@ class Call:
             return (*streams[: step.target], x, *streams[step.target + 1 :])
         assert isinstance(step, Bijection)
         out = self.block.inverse(*streams, *args, **kwargs) if step.block else step.inverse(*streams)  # type: ignore[misc]
-        before, _ = check_stream_outputs(self.index, "Bijection.inverse", out, len(streams))
+        before, _ = check_stream_outputs(self.index, step, out, len(streams), inverse=True)
+        _note(_seen_inverse, step)
         return arguments.held(before, f"step {self.index} (Bijection.inverse)")
+
+    def try_inverse(self, after: Streams, arguments: Arguments) -> None:
+        """Refuse a Bijection's inverse that loses streams before a backward pass meets it, half of its gradients given.
+
+        Once for each Bijection of two functions: it costs an inverse, and the memory of one.
+        """
+        if self._is_unseen(_seen_inverse) and is_known(after[0]):
+            with torch.no_grad():
+                self.undo(after, None, arguments)
+
+    def may_lose_streams(self) -> bool:
+        """Return whether the step is two functions, of which nobody has seen yet how many streams they return."""
+        return self._is_unseen(_seen_forward)
+
+    def _is_unseen(self, seen: weakref.WeakSet[Bijection]) -> bool:
+        # SpaceToDepth returns what it gets, and its copies would count in the memory of whoever measures first
+        mapped = isinstance(self.step, Bijection) and not self.step.block
+        if not mapped or isinstance(self.step.inverse, SpaceToDepth):  # type: ignore[union-attr]
+            return False
+        try:
+            return self.step not in seen
+        except TypeError:  # functions without a hash: tried anew in every call
+            return True
+
+
+def _note(seen: weakref.WeakSet[Bijection], step: Bijection | Anchor) -> None:
+    if isinstance(step, Bijection) and not step.block:
+        with contextlib.suppress(TypeError):
+            seen.add(step)
 
 
 class Arguments:

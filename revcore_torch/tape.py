@@ -39,6 +39,7 @@ from revcore_torch.steps import (
     tensors_within,
     version,
 )
+from revcore_torch.watch import is_known
 
 Handle = tuple[int, int]
 
@@ -255,6 +256,7 @@ class Tape:
             before = streams
             streams, carry = call.first(streams, f)
         if self.kind == "reverse":
+            call.try_inverse(streams, arguments)
             frame.carry = slice(len(self.carries), len(self.carries) + len(carry))
             self.carries += carry
         frame.saved = replay.Saved(live)
@@ -670,7 +672,13 @@ def run(
     if watch is not None:
         streams = watch.encode(streams, "the input")
     if all(segment.kind == "store" for segment in plan):
-        return _run_plan(plan, calls, streams, arguments, None, make_tape)
+        restoring = any(call.may_lose_streams() for call in calls) and is_known(streams[0])
+        stored: list[Tape | Stored] | None = [] if restoring else None
+        try:
+            return _run_plan(plan, calls, streams, arguments, stored, make_tape)
+        except BaseException:
+            _take_back(stored or ())
+            raise
     tapes: list[Tape | Stored] = []
     probe = probing(program, streams, policy)
     contents, glanced = arguments.contents(), outside.glance()

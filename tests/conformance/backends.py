@@ -38,6 +38,10 @@ class Backend(Protocol):
         """Return an array."""
         ...
 
+    def leaf(self, array: Any) -> Any:
+        """Return an array whose gradient is wanted."""
+        ...
+
     def call(self, program: Any, blocks: Any, streams: Any, **kwargs: Any) -> Any:
         """Run ``reversible`` on blocks without parameters."""
         ...
@@ -93,6 +97,9 @@ class TorchBackend:
         import torch
 
         return torch.ones(shape, dtype=getattr(torch, dtype))
+
+    def leaf(self, array: Any) -> Any:
+        return array.requires_grad_()
 
     def call(self, program: Any, blocks: Any, streams: Any, **kwargs: Any) -> Any:
         return self.engine.reversible(program, blocks, streams, **kwargs)
@@ -199,6 +206,9 @@ class JaxBackend:
         import jax.numpy as jnp
 
         return jnp.ones(shape, dtype)
+
+    def leaf(self, array: Any) -> Any:
+        return array
 
     def call(self, program: Any, blocks: Any, streams: Any, **kwargs: Any) -> Any:
         return self.engine.reversible(program, _without_parameters(blocks), [{}] * len(blocks), streams, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from revcore import Affine, Anchor, Chain, Couple, Coupling, Program, Repeat, SpecError, revnet
+from revcore import Affine, Anchor, Bijection, Chain, Couple, Coupling, Program, Repeat, SpecError, revnet
 from tests.conformance.backends import Backend
 
 PROGRAM = revnet(2)
@@ -167,6 +167,39 @@ def test_an_anchor_that_returns_too_few_streams(backend: Backend) -> None:
         message = rf"step 1 \(Anchor\) must return its 2 streams as a tuple, but returned {came}"
         with pytest.raises(SpecError, match=message):
             backend.call(Program([Couple(0, 1), Anchor()]), [Counted(), function], ones(backend))
+
+
+# One fault each: the functions of a Bijection, and what is said of it.
+LOSING: dict[str, tuple[Callable[..., Any], Callable[..., Any], str]] = {
+    "one too many": (lambda a, b: (a, b, a), lambda a, b: (a, b), r"step 1 \(Bijection\) .*, but returned 3 of them"),
+    "one too few": (lambda a, b: [a], lambda a, b: (a, b), r"step 1 \(Bijection\) .*, but returned 1 of them"),
+    "back, one too many": (
+        lambda a, b: (b, a),
+        lambda a, b: (b, a, a),
+        r"step 1 \(Bijection.inverse\) must return its 2 streams as a tuple, but returned 3 of them: return exactly 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("forward", "inverse", "message"), LOSING.values(), ids=LOSING)
+@pytest.mark.parametrize("wrap", [lambda step: step, lambda step: Repeat(Chain([step]), 2)], ids=["alone", "repeated"])
+def test_a_bijection_that_loses_streams(
+    backend: Backend, forward: Any, inverse: Any, message: str, wrap: Callable[[Any], Any]
+) -> None:
+    """Already in the forward pass, where the inverse would lose them in the backward pass alone."""
+    program = Program([Couple(0, 1), wrap(Bijection(forward, inverse))])
+    with pytest.raises(SpecError, match=message):
+        backend.call(program, [Counted()], tuple(map(backend.leaf, ones(backend))))
+
+
+def test_an_inverse_that_loses_streams(backend: Backend) -> None:
+    step = Bijection(lambda a, b: (b, a), lambda a, b: (b, a, a))
+    program = Program([Couple(0, 1), step])
+    assert len(backend.call(program, [Counted()], ones(backend), policy=backend.engine.StoreAll())) == 2
+    block = Counted()
+    with pytest.raises(SpecError, match=r"\(Bijection.inverse\) must return its 2 streams .* returned 3 of them"):
+        backend.undo(program, [block], ones(backend))
+    assert block.calls == 0
 
 
 def test_a_coupling_that_changes_the_shape(backend: Backend) -> None:

@@ -126,6 +126,14 @@ def test_bijections_and_anchors() -> None:
         reference.inverse(anchored, [np.tanh, np.tanh], (X, Y))
 
 
+def test_a_bijection_that_loses_streams() -> None:
+    both = Program([Bijection(lambda a, b: (a, b, a), lambda a, b: (a, b, b))])
+    with pytest.raises(SpecError, match=r"step 0 \(Bijection\) must return its 2 streams .* returned 3 of them"):
+        reference.forward(both, [], (X, Y))
+    with pytest.raises(SpecError, match=r"step 0 \(Bijection.inverse\) must return .* returned 3 of them"):
+        reference.inverse(both, [], (X, Y))
+
+
 @pytest.mark.parametrize(
     "program",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -113,6 +114,73 @@ def test_a_leaf_that_is_nearly_zero_does_not_decide() -> None:
     report = compare(gradients(a), gradients(b))
     assert report.ok
     assert "2.0e+00" in report.table()  # relative to itself: shown
+
+
+# A large tree, and a tensor in it that is small, but far above what rounding leaves.
+LARGE = {"large": RNG.standard_normal((300, 300)), "small": 1e-4 * RNG.standard_normal(50)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fault"),
+    [
+        (np.zeros(50), r"small is zero in a, and of norm 0\.000\d+ in b"),
+        (-LARGE["small"], "small has another sign in a than in b"),
+        (LARGE["small"] * (np.arange(50) != abs(LARGE["small"]).argmax()), r"small differs by .*e-0\d of itself"),
+        (LARGE["small"] * 1.3, r"small differs by 3\.0e-01 of itself"),
+    ],
+    ids=["zero", "sign", "sparse", "scaled"],
+)
+@pytest.mark.parametrize("kind", ["values", "gradients"])
+def test_a_wrong_tensor_that_the_whole_tree_hides_is_named(wrong: np.ndarray, fault: str, kind: str) -> None:
+    rounded: dict[str, Any] = {"large": LARGE["large"] * (1 + 5.5e-6), "small": wrong}
+    trees: list[dict[str, Any]] = [{kind: rounded}, {kind: LARGE}]
+    a, b = (Record(**tree, depth=4, dtype="float32") for tree in trees)
+    report = compare(a, b)
+    error = report.value_error if kind == "values" else report.gradient_error
+    assert error is not None
+    assert error <= report.limit * report.unit, "hidden"
+    assert not report.ok
+    assert re.fullmatch(f"{kind[:-1]} {fault}", report.problems[0])
+    assert report.problems[0] in report.verdict
+    assert f"{kind[:-1]} small" in report.table(limit=1)
+    mirrored = compare(b, a)
+    assert not mirrored.ok
+
+
+def test_a_tensor_that_is_zero_but_for_rounding_is_not_accused() -> None:
+    """As where a bias stands before a batch norm: noise on both sides, or on one."""
+    noise = [{**LARGE, "small": 1e-7 * RNG.standard_normal(50)} for _ in range(2)]
+    for tree in (noise[0], {**LARGE, "small": np.zeros(50)}):
+        report = compare(gradients(tree, dtype="float32"), gradients(noise[1], dtype="float32"))
+        assert report.ok, report.verdict
+        assert report.rows[1].fault == ""
+    assert not compare(gradients(noise[0]), gradients(noise[1])).ok, "in float64 it is no rounding"
+
+
+def test_the_bias_before_a_batch_norm_is_not_accused() -> None:
+    """In torch, in float32 held against float64."""
+    torch = pytest.importorskip("torch")
+    from torch import nn
+
+    from revcore_torch import ReversibleSequential
+    from revcore_torch.parity import record
+
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(4)]
+    model, x = ReversibleSequential(*blocks), RNG.standard_normal((64, 16))
+    narrow, wide = (record(model, [x], dtype=dtype) for dtype in ("float32", "float64"))
+    report = compare(narrow, wide)
+    biases = [row for row in report.rows if row.name.endswith(".0.bias")]
+    assert len(biases) == 4
+    assert all(row.error > row.norm for row in biases), "rounding alone"
+    assert report.ok, f"\n{report}"
+
+
+def test_a_wrong_whole_is_no_list_of_its_tensors() -> None:
+    report = compare(gradients({name: 2 * array for name, array in TREE.items()}), gradients(TREE))
+    assert not report.ok
+    assert report.problems == ()
+    assert all(row.fault == "differs by 1.0e+00 of itself" for row in report.rows)
 
 
 def test_squares_are_summed_in_float64() -> None:
