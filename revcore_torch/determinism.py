@@ -244,12 +244,17 @@ class Judge:
             InversionError: a second run did something else than the first.
         """
         pending, self._pending = self._pending, []
-        if not pending:
+        if not pending or _is_capturing():
             return
         arrays = iter(_from_devices([values for _, *both in pending for sample in both for values in sample.values]))
         for rule, first, again in pending:
             one, other = ([next(arrays) for _ in sample.values] for sample in (first, again))
             _settle(rule, first, again, one, other)
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is made of what runs: no value can be read then, nor when it is replayed."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def kept_sample(kept: Sequence[Any]) -> Sample:

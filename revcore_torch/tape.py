@@ -343,8 +343,10 @@ class Tape:
         task = _task()
         walk = self.current  # read once: another thread may be on its own way back, and put its state there
         if walk is None or walk.task != task:
-            is_inside = walk is not None and walk.thread == threading.get_ident() and task != -1 and walk.task != -1
-            walk = self.current = walk.inside(task) if walk is not None and is_inside else self._begin(task, node)
+            is_inside = walk is not None and walk.thread == threading.get_ident() and -1 not in (task, walk.task)
+            walk = self.current = (
+                self._inside(walk, task) if walk is not None and is_inside else self._begin(task, node)
+            )
             if task != -1:
                 me = weakref.ref(self)
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: _end(me, task))  # type: ignore[attr-defined]
@@ -356,6 +358,15 @@ class Tape:
         if task == -1:  # somebody looks at a node's saved tensor outside any backward pass
             self.current = None
             walk.judge.settle()
+
+    def _inside(self, walk: Pass, task: int) -> Pass:
+        """Return a pass inside of ``walk`` (T22): it goes on from there, for what the node keeps may be gone."""
+        try:
+            self._kept()  # looks whether it was changed in place
+        except RuntimeError as error:
+            if "already been freed" not in str(error):
+                raise
+        return walk.inside(task)
 
     def _begin(self, task: int, node: Any = None) -> Pass:
         kept = self._kept() if node is None else node.saved_tensors
