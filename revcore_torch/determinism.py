@@ -94,7 +94,9 @@ class Sample:
             for role, number, tensor in tensors:
                 if type(tensor) in types and _has_values(tensor):
                     there = groups.setdefault((tensor.dtype, tensor.device), [])
-                    there.append((_part(role, number, tensor), tensor))
+                    lazy = tensor.is_conj() or tensor.is_neg()  # what is in memory is something else
+                    part = _part(role, number, tensor.dtype, tensor.shape, tensor.stride(), lazy)
+                    there.append((part, tensor))
             self.groups = [[part for part, _ in group] for group in groups.values()]
             self.values = [torch.cat([_some(t, part) for part, t in group]) for group in groups.values()]
 
@@ -142,13 +144,14 @@ def _fits(tensor: Any, part: _Part) -> bool:
     )
 
 
-def _part(role: str, number: int, tensor: Tensor) -> _Part:
-    size = tensor.numel() * (2 if tensor.is_complex() else 1)
+@functools.lru_cache(maxsize=4096)
+def _part(role: str, number: int, dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], lazy: bool) -> _Part:
+    size = math.prod(shape) * (2 if dtype.is_complex else 1)
     most = _FEW if role in ("f", "saved") else min(_MANY, max(_FEW, size // _PART))
     step = _step(size, most)
-    is_view = (tensor.is_contiguous() or is_dense(tensor)) and not (tensor.is_conj() or tensor.is_neg())
-    count = min(most, -(-size // step))
-    return _Part(role, number, tensor.dtype, tensor.shape, tensor.stride(), step, count, is_view)
+    return _Part(
+        role, number, dtype, shape, stride, step, min(most, -(-size // step)), is_dense(shape, stride) and not lazy
+    )
 
 
 def _some(tensor: Tensor, part: _Part) -> Tensor:
@@ -160,7 +163,6 @@ def _some(tensor: Tensor, part: _Part) -> Tensor:
     return tensor.take(_index(part.num_values, part.step, tensor.device))
 
 
-@functools.lru_cache(maxsize=4096)
 def _step(numel: int, most: int) -> int:
     step = max(numel // most, 1)
     while math.gcd(step, numel) > 1:

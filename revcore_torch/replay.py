@@ -428,6 +428,54 @@ def _has_changed(buffer: Tensor, version: int | None, old: Tensor | None, is_reg
     return is_registered and buffer.device.type != "meta" and buffer.numel() <= _SMALL
 
 
+class Hooks:
+    """The hooks that a block registers when it runs, on its modules and parameters: once, as everything else."""
+
+    __slots__ = ("_new", "_parameters", "_watched")
+
+    def __init__(self, held: Held) -> None:
+        modules = (*held.modules, *held.others)
+        self._parameters = [p for m in modules if m._parameters for p in m._parameters.values() if p is not None]
+        self._watched = [
+            (hooks, len(hooks))
+            for m in modules
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self._watched += self._of_parameters()
+        self._new: list[tuple[dict[int, Any], list[int]]] = []
+
+    def _of_parameters(self) -> list[tuple[dict[int, Any], int]]:
+        both = [hooks for p in self._parameters for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+        return [(hooks, len(hooks)) for hooks in both if hooks]
+
+    def settle(self) -> None:
+        """Call it after the block ran: note what is new."""
+        known = {id(hooks) for hooks, _ in self._watched}
+        # a tensor has no place for hooks before it has the first
+        watched = self._watched + [(hooks, 0) for hooks, _ in self._of_parameters() if id(hooks) not in known]
+        self._new = [(hooks, [*hooks][count:]) for hooks, count in watched if len(hooks) > count]
+        self._watched, self._parameters = [], []
+
+    @property
+    def moved(self) -> bool:
+        """Whether there are any."""
+        return bool(self._new)
+
+    @contextlib.contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Take them off, and afterwards put back what is there now, without those that were registered meanwhile."""
+        now = [(hooks, hooks.copy()) for hooks, _ in self._new]
+        for hooks, keys in self._new:
+            for key in keys:
+                hooks.pop(key, None)
+        try:
+            yield
+        finally:
+            for hooks, content in now:
+                hooks.clear()
+                hooks.update(content)
+
+
 Place = dict[str, Tensor | None]
 
 

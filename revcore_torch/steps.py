@@ -315,13 +315,11 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def is_dense(stream: Tensor) -> bool:
-    """Return whether a stream's elements fill one piece of memory, each in a place of its own."""
-    if stream.is_nested:
-        return True  # sizes that nobody knows can't be compared, and a jagged tensor's values are one piece
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Return whether a tensor's elements fill one piece of memory, each in a place of its own."""
     extent = 1
-    for size, stride in sorted(zip(stream.shape, stream.stride(), strict=True), key=lambda pair: pair[1]):
-        if size != 1 and stride != extent:
+    for size, step in sorted(zip(shape, stride, strict=True), key=lambda pair: pair[1]):
+        if size != 1 and step != extent:
             return False
         extent *= size
     return True

@@ -55,6 +55,7 @@ class Frame:
         "carry",
         "coupling_saved",
         "generators",
+        "hooks",
         "kept",
         "layout",
         "live",
@@ -72,6 +73,7 @@ class Frame:
         held = held_by(call.block)
         self.parameters = replay.Parameters(held)
         self.buffers = replay.Buffers(held)
+        self.hooks = replay.Hooks(held)
         generators = [*generators, *held.generators]
         self.generators = replay.Generators(generators) if generators else None
         self.parametrizations = replay.cached_parametrizations()
@@ -179,7 +181,7 @@ class Tape:
         """Return the streams as the first step is to get them."""
         # T6: a stream that is rebuilt has memory of its own, so one that comes with gaps (a part of a wider tensor) or
         # overlaps (an expanded one) would need a copy on the way back, with the gaps
-        return tuple(s if is_dense(s) else s.clone() for s in streams) if self.kind == "reverse" else streams
+        return tuple(s if _is_one_piece(s) else s.clone() for s in streams) if self.kind == "reverse" else streams
 
     def take_in(self, leaves: Sequence[Any]) -> None:
         """Note the tensors and generators among the arguments of steps to come."""
@@ -263,6 +265,7 @@ class Tape:
         frame.coupling_saved = len(live.tensors) > by_block
         frame.live = None
         frame.buffers.settle()
+        frame.hooks.settle()
         if self._looks_at_values and call.number is not None and any(s.requires_grad for s in streams):
             frame.noted = self._note(frame, before, f, live.tensors[:by_block])
         live.tensors.clear()
@@ -512,6 +515,8 @@ class Tape:
             around.append(replay.settings_as(self.settings))
         if frame.buffers.moved:
             around.append(frame.buffers.as_before())
+        if frame.hooks.moved:
+            around.append(frame.hooks.as_before())
         if frame.parametrizations is not None:
             around.append(replay.parametrizations_as(frame.parametrizations))
         if frame.generators is not None:
@@ -782,6 +787,11 @@ def _can_record() -> bool:
         and not torch._C._get_tracing_state()
         and not torch.compiler.is_exporting()
     )
+
+
+def _is_one_piece(stream: Tensor) -> bool:
+    # of a nested tensor's sizes some are unknown; a jagged one's values are one piece
+    return stream.is_nested or is_dense(stream.shape, stream.stride())
 
 
 def _are_hooks_active() -> bool:

@@ -836,6 +836,33 @@ def test(situation: Situation) -> None:
 COMPILED = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 
+class Registers(nn.Module):
+    """Registers hooks each time it runs: on a module, where it changes an output, and on a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body: Any = body()
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = self.body(x)
+        self.body[0].register_forward_hook(lambda _, __, out: out * 1.5)
+        self.body[2].weight.register_hook(lambda grad: grad * 0.5)
+        return f
+
+
+def test_hooks_are_registered_once_a_call() -> None:
+    found = []
+    for make in (plain, lambda blocks: ours(blocks, Reverse()), lambda blocks: ours(blocks, Checkpoint(every=2))):
+        torch.manual_seed(0)
+        blocks = four(Registers)
+        found.append([*train(make(blocks)), *(p.grad for block in blocks for p in block.parameters())])
+        assert [len(block.body[0]._forward_hooks) for block in blocks] == [2] * DEPTH
+        assert [len(block.body[2].weight._backward_hooks) for block in blocks] == [2] * DEPTH
+    for other in found[1:]:
+        for got, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def in_place(x: Tensor, f: Tensor) -> Tensor:
     return x.add_(f)
 
