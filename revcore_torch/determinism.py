@@ -156,6 +156,8 @@ def _part(role: str, number: int, dtype: torch.dtype, shape: torch.Size, stride:
 
 def _some(tensor: Tensor, part: _Part) -> Tensor:
     """Return a view of some elements, or where there is none a copy."""
+    if isinstance(tensor, FakeTensor):
+        return tensor.new_empty(part.num_values)  # a plan's
     if part.dtype.is_complex:
         tensor = torch.view_as_real(tensor.resolve_conj())
     if part.is_view:
@@ -413,7 +415,9 @@ def _words(index: int, part: _Part, off: float, size: float, bound: float, drift
         "a counter that is hashed): draw with torch, or hand the numbers in as an argument; (2) a setting, a buffer or "
         "an adapter was changed between the forward and the backward pass: change it after the backward pass; (3) a "
         "context (a mode, a flag, a with block) was open in the forward pass only: keep it open around both, or open "
-        "it inside the block; (4) drift: the network multiplies rounding errors, see revcore_torch.DriftProbe: write "
-        'stream_dtype="float32" (or float64), policy=Reverse(anchor_every=8), or program.exact(). policy=StoreAll() '
+        "it inside the block; (4) drift: the network multiplies rounding errors (see revcore_torch.DriftProbe), or one "
+        'flipped a choice (argmax, top-k, a hash): write stream_dtype="float32" (or float64), policy='
+        "Reverse(anchor_every=8), or program.exact(), or keep the choice: Reverse(recompute="
+        "[torch.ops.aten.argmax.default]). policy=StoreAll() "
         "needs no second run. Gradients of later blocks may be written already: call zero_grad()"
     )

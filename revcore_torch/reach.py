@@ -32,9 +32,9 @@ class Held(NamedTuple):
 def held_by(block: Any) -> Held:
     """Return what ``block`` holds.
 
-    >>> norm = nn.BatchNorm1d(4)
-    >>> held_by(lambda x: norm(x)).others
-    [BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)]
+    >>> layer = nn.Softmax(dim=-1)
+    >>> held_by(lambda x: layer(x)).others
+    [Softmax(dim=-1)]
     """
     own = modules_of(block)
     search = _Search(block, own)
