@@ -61,7 +61,7 @@ class Selected:
     """A step whose block is evaluated again but for the operations that ``recompute`` wants kept."""
 
     node: Primitive
-    recompute: Callable[..., Any]
+    recompute: Any  # a policy, or what it said of each operation
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 import revcore_jax
 from revcore import Chain, Checkpoint, Couple, Momentum, Program, Repeat, Reverse, StoreAll, revnet
 from revcore_jax import engine
-from revcore_jax.trees import dce_jaxpr
+from revcore_jax.closed import dce_jaxpr
 from tests.helpers import AS_USERS_COMPILE, assert_close
 
 ROWS, D = 32, 16
