@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,6 +77,8 @@ def _strictly(value: Any) -> Any:
         return type(value), tuple(map(_strictly, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value).__module__.startswith("flax."):
         return type(value), tuple(_strictly(getattr(value, field.name)) for field in dataclasses.fields(value))
+    if isinstance(value, Hashable) and type(value).__module__.startswith("flax."):
+        return type(value), value
     return strict(value)
 
 

@@ -44,6 +44,7 @@ from revcore_jax.trees import (
     Fixed,
     Recipe,
     coupling_vjp,
+    default_float,
     is_array,
     is_inexact,
     is_traced,
@@ -241,7 +242,7 @@ class _Walk:
             f = trace(lambda *given: step.gather(dict(zip(step.sources, given, strict=True)))[0], *sources).types
         if is_ours(step.coupling):
             types, tree = jax.tree.flatten(f)
-            y = _coupled(step.coupling, target, tuple(types), tree, jnp.zeros(0).dtype)
+            y = _coupled(step.coupling, target, tuple(types), tree, default_float())
         else:
             coupling = self._close_coupling(step.coupling, index, target, f)
             self.steps[index] = dataclasses.replace(step, coupling=coupling)

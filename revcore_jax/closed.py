@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import jax
 import jax.core
-import jax.numpy as jnp
 import numpy as np
 
 # make_jaxpr goes through jit: twice the time, and an entry in jit's caches for each function that it ever saw
@@ -29,7 +28,7 @@ from jax.interpreters.partial_eval import trace_to_jaxpr_dynamic
 
 from revcore.coupling import BDIA, Additive, Affine, Coupling, Momentum
 from revcore.exact import Exact
-from revcore_jax.trees import Fixed, as_array, is_inexact, type_of, zeros
+from revcore_jax.trees import Fixed, as_array, default_float, is_inexact, type_of, zeros
 
 try:
     from jax.core import eval_jaxpr  # jaxpr_as_fun takes consts with the jaxpr, which must not hold any
@@ -307,7 +306,7 @@ def close(function: Callable[..., Any], *args: Any, like: Any = None) -> Closing
         key = key, tuple(mask), *(inner.jaxpr(jaxpr) for p in program.derived.values() for jaxpr in (p.head, p.tail))
         form.known &= bool(program.derived) and inner.known and not inner.rules and not rules
     try:
-        key = key, traced.out_tree, strict_tree(traced.out_tree), jnp.zeros(0).dtype
+        key = key, traced.out_tree, strict_tree(traced.out_tree), default_float()
         hash(key)
     except TypeError:
         form.known = False

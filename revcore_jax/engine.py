@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,7 @@ from revcore_jax.trees import (
     Fixed,
     add,
     coupling_vjp,
+    default_float,
     fence,
     instantiated,
     is_inexact,
@@ -298,15 +300,26 @@ _run_reversed = jax.custom_vjp(_run_plainly, nondiff_argnums=(0, 1))
 def _run_forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Any:
     theta, shared, streams = _values((theta, shared, streams))
     y, aux, residual = forward(node, slots, theta, shared, streams, True)
-    return (y, aux), (theta, shared, y, residual)  # J1: no layer's input
+    return (y, aux), _Kept((theta, shared, y, residual), default_float())  # J1: no layer's input
 
 
-def _run_backward(node: Node, slots: Slots, kept: Any, cotangents: Any) -> Any:
-    theta, shared, y, residual = kept
-    gy, gaux = jax.tree.map(instantiated, cotangents, is_leaf=is_symbolic_zero)
-    _, gx, gtheta, gshared = backward(node, slots, theta, shared, residual, y, gy, mask_float0(gaux))
-    gx, gtheta, gshared = watch.settle_gradients(gx, gtheta, gshared)
-    return gtheta, gshared, gx
+def _run_backward(node: Node, slots: Slots, kept: _Kept, cotangents: Any) -> Any:
+    theta, shared, y, residual = kept.arrays
+    wide = kept.default_float == np.float64
+    with contextlib.nullcontext() if kept.default_float == default_float() else jax.enable_x64(wide):
+        gy, gaux = jax.tree.map(instantiated, cotangents, is_leaf=is_symbolic_zero)
+        _, gx, gtheta, gshared = backward(node, slots, theta, shared, residual, y, gy, mask_float0(gaux))
+        gx, gtheta, gshared = watch.settle_gradients(gx, gtheta, gshared)
+        return gtheta, gshared, gx
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["default_float"])
+@dataclass
+class _Kept:
+    """What the backward pass is given, and whether x64 was on: it is to be on there, too."""
+
+    arrays: Any
+    default_float: Any
 
 
 # what is symbolically zero tells of values that nobody differentiates

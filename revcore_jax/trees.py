@@ -53,6 +53,11 @@ def is_inexact(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.inexact)
 
 
+def default_float() -> Any:
+    """Return the dtype of a Python number: it tells whether x64 is on."""
+    return jax.dtypes.result_type(float)
+
+
 # --- static and traced parts of a block's call ------------------------------------------------------------------------
 
 
