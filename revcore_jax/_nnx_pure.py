@@ -127,9 +127,7 @@ def _draw(
         case Chain(steps):
             found: list[Any] = []
             for child, here in children(steps):
-                more, parts, drawn = _draw_compiled(
-                    child, slots[here], takes[here], theta[here], shared, parts, drawn
-                )
+                more, parts, drawn = _draw_compiled(child, slots[here], takes[here], theta[here], shared, parts, drawn)
                 found += more
             return tuple(found), parts, drawn
         case Repeat(body, n):

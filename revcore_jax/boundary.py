@@ -213,8 +213,8 @@ class _Walk:
                 after = self.visit(body, here, index, jax.tree.map(_entry, theta), shared, streams)
                 if _types(after) != _types(streams):
                     raise SpecError(
-                        f"step {index}: the body of a Repeat turned streams {_types(streams)} into {_types(after)}, but "
-                        "must keep them: write steps that change shapes into the program one by one"
+                        f"step {index}: the body of a Repeat turned streams {_types(streams)} into {_types(after)}, "
+                        "but must keep them: write steps that change shapes into the program one by one"
                     )
                 return after
             case Couple():
@@ -278,9 +278,7 @@ class _Walk:
             after, aux = check_stream_outputs(index, name, out, len(streams))
             for stream in after:
                 if not is_array(stream) or not is_inexact(stream):
-                    raise SpecError(
-                        f"step {index} ({name}) returned {stream!r} as a stream, expected a float array"
-                    )
+                    raise SpecError(f"step {index} ({name}) returned {stream!r} as a stream, expected a float array")
             return after, aux
 
         def undo(leaves: Any, shared: Any, streams: Any) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import jax
 import jax.core
@@ -275,8 +275,13 @@ class Program:
         """The types of its results."""
         return self.out_tree.unflatten([v.aval for v in self.jaxpr.outvars])
 
-    def __call__(self, consts: Sequence[Any], *args: Any) -> Any:
-        return self.out_tree.unflatten(evaluate(self.jaxpr, (*consts, *jax.tree.leaves(args))))
+    @property
+    def acts(self) -> bool:
+        """Whether running it does something that another program sees, beyond a message for whoever debugs."""
+        return any(type(effect).__name__ in ("IOEffect", "OrderedIOEffect") for effect in self.jaxpr.effects)
+
+    def __call__(self, values: Sequence[Any]) -> Any:
+        return self.out_tree.unflatten(evaluate(self.jaxpr, values))
 
 
 class Closing(NamedTuple):
@@ -325,7 +330,9 @@ def _the_one(key: Any, program: Program) -> Program:
     return program
 
 
-def _with_rules(program: Program, traced: Traced, mask: list[bool], args: Sequence[Any]) -> tuple[list[bool], list[Any]]:
+def _with_rules(
+    program: Program, traced: Traced, mask: list[bool], args: Sequence[Any]
+) -> tuple[list[bool], list[Any]]:
     """Differentiate a program whose functions have rules, now: they are Python, and may close over anything."""
     arguments = [is_inexact(a) for a in args]
     types = list(map(type_of, (*traced.consts, *args)))
@@ -353,7 +360,9 @@ def _derived(program: Program, types: Sequence[Any], mask: Sequence[bool]) -> tu
     return differentiated(lambda *values: evaluate(program.jaxpr, values), types, mask)
 
 
-def differentiated(function: Callable[..., list[Any]], types: Sequence[Any], mask: Sequence[bool]) -> tuple[Pulled, Any]:
+def differentiated(
+    function: Callable[..., list[Any]], types: Sequence[Any], mask: Sequence[bool]
+) -> tuple[Pulled, Any]:
     """Return the derivative of a function of arrays with a list of arrays as its result."""
     trees: list[Any] = []
 
@@ -376,15 +385,15 @@ def differentiated(function: Callable[..., list[Any]], types: Sequence[Any], mas
     return Pulled(first.jaxpr, last.jaxpr, len(outs), counts), [*first.consts, *last.consts]
 
 
-# --- a block's programs, and where they find what they close over ------------------------------------------------------
+# --- a block's programs, and where they find what they close over -----------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Piece:
     """One of a block's functions.
 
-    What it closes over lies at ``places`` among the shared leaves, what its rules close over at ``rules``; ``mask`` says
-    which of the former have a gradient.
+    What it closes over lies at ``places`` among the shared leaves, what its rules close over at ``rules``; ``mask``
+    says which of the former have a gradient.
     """
 
     program: Program
@@ -410,7 +419,9 @@ class Piece:
         if mask not in self.program.derived:  # no rule is in it, so this runs no Python of the block's
             self.program.derived[mask], _ = _derived(self.program, list(map(type_of, values)), mask)
         out, back = self.program.derived[mask](values, [unfixed(shared[i]) for i in self.rules])
-        return self.program.out_tree.unflatten(out), lambda g: self.gradients(back(jax.tree.leaves(g)), mask, leaves, shared)
+        return self.program.out_tree.unflatten(out), lambda g: self.gradients(
+            back(jax.tree.leaves(g)), mask, leaves, shared
+        )
 
     def gradients(self, found: Sequence[Any], mask: Sequence[bool], leaves: Any, shared: Any) -> Any:
         """Return gradients of ``(leaves, shared, streams)``, ``None`` where there are none."""

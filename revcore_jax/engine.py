@@ -299,6 +299,11 @@ _run_reversed = jax.custom_vjp(_run_plainly, nondiff_argnums=(0, 1))
 
 def _run_forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Any:
     theta, shared, streams = _values((theta, shared, streams))
+    if any(program.acts for slot in slots for program in slot.programs):
+        raise SpecError(
+            "a block calls io_callback, which would act twice, for the backward pass runs the block again: return what "
+            "it is given as an auxiliary output, or write policy=StoreAll()"
+        )
     y, aux, residual = forward(node, slots, theta, shared, streams, True)
     return (y, aux), _Kept((theta, shared, y, residual), default_float())  # J1: no layer's input
 
@@ -576,7 +581,7 @@ def _backward_jit(node: Node, slots: Slots, *given: Any) -> Any:
     return (_backward_compiled if compiles(node, slots, given) else backward)(node, slots, *given)
 
 
-def compiles(node: Node, slots: Slots, given: Any) -> bool:
+def compiles(node: Node | Step, slots: Slots, given: Any) -> bool:
     """Return whether jit may hold on to a step: not to one whose programs no later call finds again."""
     programs = [program for part in (*_own_functions(node), *slots) for program in part.programs]
     return all(program.known for program in programs) and (

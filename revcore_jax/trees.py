@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, reshard
 from revcore.checks import check_held, check_input_dtypes, check_stream_dtype
 from revcore.errors import SpecError
 
+
 def is_array(value: Any) -> bool:
     """Return whether ``value`` is an array that JAX can trace (NumPy's of strings, objects and dates are not)."""
     if isinstance(value, (np.ndarray, np.generic)):
@@ -29,8 +30,8 @@ def is_traced(leaf: Any) -> bool:
     """Return whether an argument's leaf is traced: NumPy's truth values and integers are static, as Python's are."""
     if isinstance(leaf, jax.Ref):
         raise SpecError(
-            "an argument came as a JAX Ref, which a block's second run would find changed: hand over its value, ref[...], "
-            "and return the new one as an auxiliary output"
+            "an argument came as a JAX Ref, which a block's second run would find changed: hand over its value, "
+            "ref[...], and return the new one as an auxiliary output"
         )
     return is_array(leaf) and not isinstance(leaf, (np.bool_, np.integer))
 
@@ -321,9 +322,8 @@ def instantiated(cotangent: Any) -> Any:
     """Return a cotangent as an array: it may be a symbolic zero, or a Python number."""
     if not isinstance(cotangent, SymbolicZero):
         return jnp.asarray(cotangent) if isinstance(cotangent, (bool, int, float, complex)) else cotangent
-    if cotangent.dtype == jax.dtypes.float0:
-        return np.zeros(cotangent.shape, jax.dtypes.float0)
-    return instantiate_zeros(Zero(cotangent.aval))
+    aval: Any = cotangent.aval
+    return np.zeros(aval.shape, aval.dtype) if aval.dtype == jax.dtypes.float0 else instantiate_zeros(Zero(aval))
 
 
 def mask_float0(tree: Any) -> Any:
