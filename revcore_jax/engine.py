@@ -2,8 +2,8 @@
 
 Read :func:`forward` and :func:`backward` side by side: for every kind of node one says what it does and what it
 keeps, the other how it gets its input back and what gradients it gives. Five invariants hold throughout (J1 to J5 of
-``docs/design.md``): what is kept, that every leaf is an argument, that equal layers are traced once, that steps wait
-for each other, and that stacked parameters are not copied.
+``docs/design.md``): what is kept, that every leaf is an argument, that blocks run in Python once a call, that steps
+wait for each other, and that stacked parameters are not copied.
 """
 
 from __future__ import annotations
@@ -96,20 +96,21 @@ def reversible(
     Args:
         program: what to run.
         blocks: one function for each slot, ``program.num_slots`` of them: a ``Repeat``'s body once. Pure functions, as
-            for ``jax.jit``: each is traced once for all calls with equal shapes, so define them once (a new ``lambda``
-            in each call compiles anew, and is held, with what it closes over, until ``jax.clear_caches()``). A
+            for ``jax.jit``: each runs in Python once a call, in the call (one that stands in several places once for
+            them all), and neither pass runs it later. What it reads from Python is read then, and not remembered. A
             ``Bijection()`` takes an object with ``forward(params, *streams, ...)`` and ``inverse(params, *streams,
             ...)``.
         params: one pytree for each slot; inside ``Repeat(step, n)`` with a leading axis of ``n`` on every leaf
             (:func:`revcore_jax.stack` makes it).
         streams: ``program.num_streams`` arrays of a floating-point or complex dtype.
         *args: handed to every block after its sources, as are ``**kwargs``. Arrays and typed keys are traced; other
-            leaves (``True``, ``"same"``, ``None``, Python numbers) are static, so a new value compiles anew.
+            leaves (``True``, ``"same"``, ``None``, Python numbers, NumPy's truth values and integers) are static, so a new
+            value compiles anew.
         layerwise_args_kwargs: one ``(args, kwargs)`` for each slot, handed to that block after the common ones; stacked
             inside ``Repeat`` as ``params`` are. The place for a dropout key of each layer.
         policy: what the backward pass keeps, in steps; inside a ``Repeat`` rounded to whole iterations. Its
             ``recompute`` is one of ``jax.checkpoint_policies`` (under ``Reverse`` it does not look into a block's own
-            ``scan``, as it does under ``Checkpoint``); ``offload`` needs a ``Repeat``.
+            ``scan``, ``cond`` or ``while_loop``); ``offload`` needs a ``Repeat``.
         stream_dtype: a dtype or its name (``"float32"``), in which streams are held between steps. Blocks get their
             sources in the dtype that came in, which must be one for all streams and no wider; what they return is
             coupled in ``stream_dtype``, and the result is in the dtype that came in. An ``Anchor``'s block gets and
@@ -301,7 +302,7 @@ def _run_forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Str
     theta, shared, streams = _values((theta, shared, streams))
     if any(program.acts for slot in slots for program in slot.programs):
         raise SpecError(
-            "a block calls io_callback, which would act twice, for the backward pass runs the block again: return what "
+            "a block calls io_callback, which would act twice, for the backward pass recomputes the block: return what "
             "it is given as an auxiliary output, or write policy=StoreAll()"
         )
     y, aux, residual = forward(node, slots, theta, shared, streams, True)
@@ -568,7 +569,7 @@ def _place(i: Any, every: int) -> tuple[Any, Any]:
     return jnp.maximum(i // every - 1, 0), (i > 0) & (i % every == 0)
 
 
-# J3: jitted under the identity of (node, slots), so equal layers are traced once, and eager calls run compiled steps.
+# J3a: jitted under the identity of (node, programs), so equal layers share a trace, and eager calls run compiled steps.
 _forward_compiled = jax.jit(forward, static_argnums=(0, 1, 5))
 _backward_compiled = jax.jit(backward, static_argnums=(0, 1))
 
