@@ -22,7 +22,7 @@ import jax.core
 import numpy as np
 
 # make_jaxpr goes through jit: twice the time, and an entry in jit's caches for each function that it ever saw
-from jax.extend.core import DebugInfo
+from jax.extend.core import DebugInfo, concrete_or_error
 from jax.extend.linear_util import wrap_init
 from jax.interpreters.partial_eval import trace_to_jaxpr_dynamic
 
@@ -72,6 +72,15 @@ def trace(function: Callable[..., Any], *args: Any, like: Any = None) -> Traced:
     return Traced(jaxpr, list(consts), trees[0])
 
 
+def is_staged(value: Any) -> bool:
+    """Return whether ``value`` has no value yet: jit is around. (A tracer of a gradient alone has one.)"""
+    try:
+        concrete_or_error(None, value)
+    except jax.errors.ConcretizationTypeError:
+        return True
+    return False
+
+
 def inputs(jaxpr: Any) -> tuple[Any, ...]:
     return (*jaxpr.constvars, *jaxpr.invars)
 
@@ -102,8 +111,8 @@ def eval_one(eqn: Any, values: Sequence[Any]) -> list[Any]:
 def uses(function: Callable[..., Any], *args: Any) -> list[bool]:
     """Say for each leaf of ``args`` whether any result of ``function`` depends on it."""
     traced = trace(function, *args)
-    used = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars), instantiate=False)[1]
-    return used[-len(jax.tree.leaves(args)) :] if used else []
+    used = dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))[1]
+    return used[len(used) - len(jax.tree.leaves(args)) :]  # consts, if there, come first
 
 
 # --- what a program says ----------------------------------------------------------------------------------------------
@@ -207,6 +216,8 @@ class Form:
             self.called.add(call)
             if call not in self.own:
                 self.rules = True
+        if "callback" in params:  # jax.debug.print makes a new one in every call
+            self.known = False
         return tuple((name, self.value(value)) for name, value in sorted(params.items()))
 
     def value(self, value: Any) -> Any:
@@ -316,7 +327,9 @@ def close(function: Callable[..., Any], *args: Any, like: Any = None) -> Closing
     except TypeError:
         form.known = False
     program.known = form.known
-    return Closing(_the_one(key, program) if program.known else program, traced.consts, mask, rules)
+    if program.known:
+        program = _the_one(key, program)
+    return Closing(program, traced.consts, mask, rules)
 
 
 def _the_one(key: Any, program: Program) -> Program:

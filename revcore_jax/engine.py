@@ -28,7 +28,7 @@ from revcore.program import Program
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
 from revcore_jax import retain, watch
 from revcore_jax.boundary import bind, check_offload, check_policy, probe
-from revcore_jax.closed import ClosedBijection, ClosedCoupling, GivenCoupling
+from revcore_jax.closed import ClosedBijection, ClosedCoupling, GivenCoupling, is_staged
 from revcore_jax.drift import watched
 from revcore_jax.plan import (
     Anchored,
@@ -104,8 +104,8 @@ def reversible(
             (:func:`revcore_jax.stack` makes it).
         streams: ``program.num_streams`` arrays of a floating-point or complex dtype.
         *args: handed to every block after its sources, as are ``**kwargs``. Arrays and typed keys are traced; other
-            leaves (``True``, ``"same"``, ``None``, Python numbers, NumPy's truth values and integers) are static, so a new
-            value compiles anew.
+            leaves (``True``, ``"same"``, ``None``, Python numbers, NumPy's truth values and integers) are static, so a
+            new value compiles anew.
         layerwise_args_kwargs: one ``(args, kwargs)`` for each slot, handed to that block after the common ones; stacked
             inside ``Repeat`` as ``params`` are. The place for a dropout key of each layer.
         policy: what the backward pass keeps, in steps; inside a ``Repeat`` rounded to whole iterations. Its
@@ -586,8 +586,7 @@ def compiles(node: Node | Step, slots: Slots, given: Any) -> bool:
     """Return whether jit may hold on to a step: not to one whose programs no later call finds again."""
     programs = [program for part in (*_own_functions(node), *slots) for program in part.programs]
     return all(program.known for program in programs) and (
-        all(program.compiles for program in programs)
-        or any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given))
+        all(program.compiles for program in programs) or any(map(is_staged, jax.tree.leaves(given)))
     )
 
 

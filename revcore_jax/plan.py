@@ -106,7 +106,6 @@ def stores(node: Node) -> bool:
             return False
 
 
-@lru_cache(maxsize=4096)
 def width(node: Node | Step) -> int:
     """Return how many slots (blocks as written) a node or step takes."""
     match node:

@@ -581,6 +581,35 @@ def test_nothing_of_a_call_lives_after_it(name: str, policy: Any, kind: Kind) ->
 
 
 @policies
+def test_what_a_coupling_and_a_callback_close_over_does_not_live_on(policy: Any) -> None:
+    p, x = arrays("chain")
+
+    def once() -> list[Any]:
+        table, seen = jnp.arange(3.0) + 1, np.zeros(1)
+
+        def block(q: Any, z: Any) -> Any:
+            jax.debug.callback(lambda: seen.sum())
+            return mlp(q, z)
+
+        own = Coupling.from_functions(lambda x, f: x + f * table, lambda y, f: y - f * table)
+
+        def loss(p: Any) -> Any:
+            return energy(revcore_jax.reversible(revcore.revnet(2, own), [block] * 2, p, x, policy=policy))
+
+        def plain(p: Any) -> Any:
+            a = x[0] + mlp(p[0], x[1]) * table
+            return energy((a, x[1] + mlp(p[1], a) * table))
+
+        assert_alike(jax.grad(loss)(p[:2]), jax.grad(plain)(p[:2]))
+        jax.effects_barrier()
+        return [weakref.ref(table), weakref.ref(seen)]
+
+    refs = [ref for _ in range(2) for ref in once()]
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 4
+
+
+@policies
 def test_what_a_rule_closes_over_does_not_live_on(policy: Any) -> None:
     p, x = arrays("chain")
 
