@@ -256,17 +256,20 @@ class Form:
 class Pulled(NamedTuple):
     """A program's derivative as two jaxprs: one to its results and what the other needs, which makes gradients.
 
-    The first inputs of both are what rules of the block's own close over: ``closed`` says how many of each.
+    The first inputs of both are what rules of the block's own close over: ``closed`` says how many of each. Where there
+    are no such rules, these are constants of JAX's own, ``consts``.
     """
 
     head: Any
     tail: Any
     results: int
     closed: tuple[int, int]
+    consts: Sequence[Any] | None = None
 
     def __call__(self, values: Sequence[Any], rules: Sequence[Any]) -> tuple[list[Any], Callable[[Any], list[Any]]]:
         """Return the results, and a function from the list of their cotangents to the list of gradients."""
         here, there = self.closed
+        rules = rules if self.consts is None else self.consts
         assert len(rules) == here + there
         out = evaluate(self.head, (*rules[:here], *values))
         saved = out[self.results :]
@@ -430,7 +433,8 @@ class Piece:
         values = self.values(leaves, shared, streams)
         mask = self.moves(values)
         if mask not in self.program.derived:  # no rule is in it, so this runs no Python of the block's
-            self.program.derived[mask], _ = _derived(self.program, list(map(type_of, values)), mask)
+            pulled, consts = _derived(self.program, list(map(type_of, values)), mask)
+            self.program.derived[mask] = pulled._replace(consts=consts)
         out, back = self.program.derived[mask](values, [unfixed(shared[i]) for i in self.rules])
         return self.program.out_tree.unflatten(out), lambda g: self.gradients(
             back(jax.tree.leaves(g)), mask, leaves, shared

@@ -49,14 +49,16 @@ def _verdicts(jaxpr: Any, recompute: Recompute) -> Iterator[Any]:
     for eqn in jaxpr.eqns:
         inside = _inside(eqn)
         if inside is not None:
-            yield from _verdicts(getattr(inside, "jaxpr", inside), recompute)
+            yield from _verdicts(inside.jaxpr, recompute)
             continue
         verdict = recompute(eqn.primitive, *(v.aval for v in eqn.invars), **eqn.params)
         yield _keeps(verdict) and getattr(verdict, "dst", "device")
 
 
 def _inside(eqn: Any) -> Any:
-    return eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit", "closed_call") else None
+    """Return the operations of a jit; one with arrays in it is one operation."""
+    inside = eqn.params.get("jaxpr") if eqn.primitive.name in ("jit", "pjit", "closed_call") else None
+    return None if inside is None or inside.consts else inside
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,9 @@ class Selecting:
                 return self._evaluate(piece.program.jaxpr, values[:count], given, [])
 
             mask = (*moves, *(False for _ in saved))
-            piece.program.derived[key], _ = differentiated(run, list(map(type_of, (*values, *saved))), mask)
+            pulled, consts = differentiated(run, list(map(type_of, (*values, *saved))), mask)
+            # with rules, what these close over comes in the order of the operations, as it did when they were closed
+            piece.program.derived[key] = pulled if piece.rules else pulled._replace(consts=consts)
         rules = [unfixed(shared[i]) for i in piece.rules]
         out, back = piece.program.derived[key]((*values, *saved), rules)
 
@@ -129,7 +133,7 @@ class Selecting:
             for eqn in jaxpr.eqns:
                 here, inside = [read(v) for v in eqn.invars], _inside(eqn)
                 if inside is not None:
-                    results = run(getattr(inside, "jaxpr", inside), (*inside.consts, *here))
+                    results = run(inside.jaxpr, here)
                 else:
                     results = eval_one(eqn, here)
                     if to := next(verdicts):

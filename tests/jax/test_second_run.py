@@ -730,6 +730,29 @@ def test_a_custom_vjp_that_closes_over_what_is_differentiated_is_refused(policy:
         jax.grad(loss(Net(kind, True), policy=policy))(2.0)
 
 
+def jit_over(c: Any) -> Callable[..., Any]:
+    inner = jax.jit(lambda z: jnp.sin(z) * c)
+    return lambda p, x: mlp(p, inner(x))
+
+
+def relu_over(c: Any) -> Callable[..., Any]:
+    return lambda p, x: mlp(p, jax.nn.relu(x * c) + jax.nn.silu(c * x))
+
+
+@everywhere("jit_over", "relu_over")
+def test_functions_inside_that_close_over_values(name: str, policy: Any, kind: Kind) -> None:
+    p, x = arrays(kind)
+    make = {"jit_over": jit_over, "relu_over": relu_over}[name]
+
+    def run(net: Net, **how: Any) -> Any:
+        loss = lambda p, c: energy(net(p, x, block=make(c), **how))  # noqa: E731
+        return lambda p, c: (jax.grad(loss, argnums=(0, 1))(p, c), jax.grad(loss)(p, jnp.arange(3.0)))
+
+    want = run(Net(kind, False))(p, 2.0)
+    assert_alike(run(Net(kind, True), policy=policy)(p, 2.0), want)
+    assert_alike(jax.jit(run(Net(kind, True), policy=policy))(p, 2.0), want)
+
+
 # --- arguments and cotangents -----------------------------------------------------------------------------------------
 
 
