@@ -2,8 +2,8 @@
 
 A :class:`Program` is a jaxpr that holds no array and no tracer: what its function closed over are its first arguments.
 So whatever runs later (the rebuild, the derivative, a second derivative) runs no Python of the block's, and nothing of
-a call lives on in jit's caches. Programs that say the same are one object (:class:`Form`), so that compiled steps are
-found again, although each call traces its blocks anew; where that cannot be told, a program is run without them.
+a call lives on in jit's caches. Programs that say the same are one object (:class:`Form`), so that an eager call finds
+compiled steps although it traces its blocks itself; where that cannot be told, a program runs without them.
 
 Private names of JAX are imported here alone.
 """

@@ -2,7 +2,7 @@
 
 Read :func:`forward` and :func:`backward` side by side: for every kind of node one says what it does and what it
 keeps, the other how it gets its input back and what gradients it gives. Five invariants hold throughout (J1 to J5 of
-``docs/design.md``): what is kept, that every leaf is an argument, that blocks run in Python once a call, that steps
+``docs/design.md``): what is saved, that every leaf is an argument, that blocks run in Python once a call, that steps
 wait for each other, and that stacked parameters are not copied.
 """
 
@@ -306,13 +306,13 @@ def _run_forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Str
             "it is given as an auxiliary output, or write policy=StoreAll()"
         )
     y, aux, residual = forward(node, slots, theta, shared, streams, True)
-    return (y, aux), _Kept((theta, shared, y, residual), default_float())  # J1: no layer's input
+    return (y, aux), _Saved((theta, shared, y, residual), default_float())  # J1: no layer's input
 
 
-def _run_backward(node: Node, slots: Slots, kept: _Kept, cotangents: Any) -> Any:
-    theta, shared, y, residual = kept.arrays
-    wide = kept.default_float == np.float64
-    with contextlib.nullcontext() if kept.default_float == default_float() else jax.enable_x64(wide):
+def _run_backward(node: Node, slots: Slots, saved: _Saved, cotangents: Any) -> Any:
+    theta, shared, y, residual = saved.arrays
+    x64 = saved.default_float == np.float64
+    with contextlib.nullcontext() if saved.default_float == default_float() else jax.enable_x64(x64):
         gy, gaux = jax.tree.map(instantiated, cotangents, is_leaf=is_symbolic_zero)
         _, gx, gtheta, gshared = backward(node, slots, theta, shared, residual, y, gy, mask_float0(gaux))
         gx, gtheta, gshared = watch.settle_gradients(gx, gtheta, gshared)
@@ -321,7 +321,7 @@ def _run_backward(node: Node, slots: Slots, kept: _Kept, cotangents: Any) -> Any
 
 @partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["default_float"])
 @dataclass
-class _Kept:
+class _Saved:
     """What the backward pass is given, and whether x64 was on: it is to be on there, too."""
 
     arrays: Any
@@ -583,7 +583,7 @@ def _backward_jit(node: Node, slots: Slots, *given: Any) -> Any:
 
 
 def compiles(node: Node | Step, slots: Slots, given: Any) -> bool:
-    """Return whether jit may hold on to a step: not to one whose programs no later call finds again."""
+    """Return whether to compile a step: not one whose programs no later call would find."""
     programs = [program for part in (*_own_functions(node), *slots) for program in part.programs]
     return all(program.known for program in programs) and (
         all(program.compiles for program in programs) or any(map(is_staged, jax.tree.leaves(given)))

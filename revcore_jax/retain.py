@@ -24,7 +24,7 @@ from revcore_jax.trees import as_array, is_inexact, type_of
 Recompute = Callable[..., Any]
 
 
-Verdicts = tuple[Any, ...]  # of each operation: whether its results are kept, or where
+Verdicts = tuple[Any, ...]  # of each operation: whether its results are saved, or where
 
 
 def decided(node: Node, slots: tuple[Any, ...]) -> Node:

@@ -30,7 +30,7 @@ def is_traced(leaf: Any) -> bool:
     """Return whether an argument's leaf is traced: NumPy's truth values and integers are static, as Python's are."""
     if isinstance(leaf, jax.Ref):
         raise SpecError(
-            "an argument came as a JAX Ref, which a block's second run would find changed: hand over its value, "
+            "got a JAX Ref as an argument, which a block's second run would find changed: hand over its value, "
             "ref[...], and return the new one as an auxiliary output"
         )
     return is_array(leaf) and not isinstance(leaf, (np.bool_, np.integer))
@@ -399,7 +399,7 @@ def coupling_vjp(coupling: Any, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
 
 
 def _like(gradient: Any, value: Any) -> Any:
-    """A block may be narrower than its stream, or laid otherwise, and a cotangent has its value's type."""
+    """A block may be narrower than its stream, or sharded otherwise, and a cotangent has its value's type."""
     if jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(value):
         gradient = gradient.real
     return laid(gradient.astype(value.dtype), value)
