@@ -18,30 +18,14 @@ from flax.linen import module as linen_module
 from revcore.checks import check_blocks
 from revcore.errors import InversionError, SpecError
 from revcore.program import Program
-from revcore.step import Chain, Repeat, Step
-
-Lengths = tuple[int, ...]  # of the Repeats around a slot, the outermost first
+from revcore.step import Chain
+from revcore_jax.closed import strict
+from revcore_jax.plan import Lengths, lengths
 
 SHARED = "revcore.shared"  # no argument of a block has such a name
 
 
 # --- variables and random streams inside a Repeat ---------------------------------------------------------------------
-
-
-def lengths(step: Step, around: Lengths = ()) -> list[Lengths]:
-    """Return the lengths of the ``Repeat``s around each slot of ``step``.
-
-    >>> from revcore import Couple
-    >>> lengths(Chain([Couple(0, 1), Repeat(Chain([Couple(0, 1), Repeat(Couple(1, 0), 3)]), 2)]))
-    [(), (2,), (2, 3)]
-    """
-    match step:
-        case Chain(steps):
-            return [found for child in steps for found in lengths(child, around)]
-        case Repeat(body, n):
-            return lengths(body, (*around, n))
-        case _:
-            return [around] * step.block
 
 
 @dataclass(frozen=True)
@@ -214,7 +198,7 @@ class Static:
 
 @dataclass(frozen=True)
 class Pure:
-    """A layer as a pure function of ``(variables, keys, counters)``; equal layers give equal functions.
+    """A layer as a pure function of ``(variables, keys, counters)``; equal ones of a call are traced once.
 
     It returns, after its outputs, ``(changed variables, counters)``. What all iterations of a ``Repeat`` share, and the
     variables of modules that are not its own, come as entry ``slot`` of the argument :data:`SHARED`.
@@ -226,6 +210,11 @@ class Pure:
     slot: int | None = None
     path: tuple[str, ...] = ()
     watched: Any = None
+
+    def identity(self) -> Any:
+        """Return what this has in common with equal layers of the same call."""
+        how = strict(self.mutable), self.inverting, self.slot, self.path, strict(self.watched)
+        return Pure, _strictly(self.layer), *how
 
     def __call__(self, given: Any, *args: Any, **kwargs: Any) -> Any:
         return self._run("__call__", given, args, kwargs)
@@ -267,6 +256,9 @@ class Function:
     """A function as a block without variables."""
 
     function: Any
+
+    def identity(self) -> Any:
+        return Function, strict(self.function)
 
     def __call__(self, _: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.pop(SHARED, None)
@@ -318,13 +310,25 @@ def check_uses(program: Program, layers: Sequence[Any]) -> None:
 
 
 def _watched() -> Any:
-    """Return what else the outcome of a call depends on: who captures or intercepts what modules do.
-
-    An equal block is not traced again, so that it would go unseen there.
-    """
+    """Return who captures or intercepts what modules do, if anybody: then equal layers are told apart by their paths,
+    for those in the place of others would go unseen."""
     if linen_module._global_interceptor_stack:
         return object()
     return next(filter(None, linen_module._context.capture_stack[-1:]), None)
+
+
+def _strictly(value: Any) -> Any:
+    """Return a key of a module in which ``True`` is not 1, nor 0.0 -0.0: its own ``==`` takes one for the other."""
+    if isinstance(value, nn.Module):
+        fields = [f.name for f in dataclasses.fields(value) if f.name != "parent"]  # type: ignore[arg-type]
+        return type(value), tuple((name, _strictly(getattr(value, name, None))) for name in fields)
+    if isinstance(value, _Foreign):
+        return _Foreign, value.index, _strictly(value.module)
+    if isinstance(value, Mapping):
+        return type(value), tuple((_strictly(k), _strictly(v)) for k, v in value.items())
+    if type(value) in (tuple, list):
+        return type(value), tuple(map(_strictly, value))
+    return strict(value)
 
 
 def _hashable(mutable: Any) -> Any:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
@@ -16,18 +18,23 @@ from revcore.errors import InversionError, SpecError
 from revcore.program import Program
 from revcore.step import Chain, Couple, Repeat, Step
 from revcore_jax import engine
-from revcore_jax.boundary import bind
-from revcore_jax.plan import children, written
+from revcore_jax.boundary import bind, probe
+from revcore_jax.closed import strict
+from revcore_jax.plan import children, lengths, written
 from revcore_jax.trees import vary_alike
 
 
 @dataclass(frozen=True)
 class Pure:
-    """A block as a pure function of its state and the call's random state; equal ones are equal, so traced once."""
+    """A block as a pure function of its state and the call's random state; equal ones of a call are traced once."""
 
     block: Any  # the graph of a module, or a function
     rngs: Any  # the graph of the call's rngs; None for a block that takes none
     inverting: bool
+
+    def identity(self) -> Any:
+        """Return what this has in common with equal blocks of the same call."""
+        return Pure, _strictly(self.block), _strictly(self.rngs), self.inverting
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
         return self._run(("__call__",), params, args, kwargs)
@@ -60,37 +67,58 @@ class Pure:
         return (*out, updates) if isinstance(out, (tuple, list)) else (out, updates)
 
 
-_pure = lru_cache(maxsize=1024)(Pure)  # kept, so that the engine knows them again in the next call
+def _strictly(value: Any) -> Any:
+    """Return a key of a graph in which ``True`` is not 1, nor 0.0 -0.0: its own ``==`` takes one for the other."""
+    if isinstance(value, nnx.GraphDef):
+        return nnx.GraphDef, tuple(map(_strictly, value.nodes)), tuple(map(_strictly, value.attributes))
+    if isinstance(value, Mapping):
+        return type(value), tuple((_strictly(k), _strictly(v)) for k, v in value.items())
+    if type(value) in (tuple, list):
+        return type(value), tuple(map(_strictly, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type) and type(value).__module__.startswith("flax."):
+        return type(value), tuple(_strictly(getattr(value, field.name)) for field in dataclasses.fields(value))
+    if isinstance(value, Hashable) and type(value).__module__.startswith("flax."):
+        return type(value), value
+    return strict(value)
 
 
 def parted(
     program: Program, layers: Sequence[Any], rngs: Any, parts: Any, given: Any, inverting: bool
-) -> tuple[list[Pure], list[Any], Any]:
-    """Return the blocks, their parameters ``(random state, own state)``, and the random state after the last block."""
+) -> tuple[list[Pure], list[Any], Any, dict[Any, Any]]:
+    """Return the blocks, their parameters ``(random state, own state)``, the random state after the last block, and
+    what was traced to know it."""
     graph, drawn = nnx.split((rngs,)) if rngs is not None else (None, None)
     steps = written(program.steps)
     takes = [rngs is not None and _takes_rngs(step, layer) for step, layer in zip(steps, layers, strict=False)]
     takes += [False] * (len(layers) - len(takes))  # a wrong number of blocks is the engine's to tell
-    blocks, params = [], []
+    blocks, params, memo = [], [], {}
     for i, (layer, take) in enumerate(zip(layers, takes, strict=True)):
         if not callable(layer) and not hasattr(layer, "forward"):
             raise SpecError(f"block {i} came as {layer!r}, expected an NNX module or a function")
         block, state = nnx.split(layer) if isinstance(layer, nnx.Pytree) else (layer, None)
-        blocks.append(_pure(block, graph if take else None, inverting))
+        blocks.append(Pure(block, graph if take else None, inverting))
         params.append((drawn if take else None, state))
     if any(takes):
         slots, *leaves = bind(program, blocks, params, parts, *given)
         once = partial(engine.once, Chain(program.steps), slots)
-        theta, shared, start = vary_alike(lax.stop_gradient(leaves), once)
+        theta, shared, start = vary_alike(leaves, once)
         size = len(jax.tree.leaves(drawn))
+        stacked = [
+            (*(jnp.broadcast_to(a, (*around, *a.shape)) for a in own[: size * take]), *own[size * take :])
+            for own, take, around in zip(theta, takes, lengths(Chain(program.steps)), strict=True)
+        ]
+        steps, slots, shared = probe(program, slots, tuple(stacked), shared, start, memo)
         theta = tuple(own[size * take :] for own, take in zip(theta, takes, strict=True))
-        found, _, drawn = _draw(Chain(program.steps), slots, theta, shared, start, drawn)
+        theta, shared, start = lax.stop_gradient((theta, shared, start))
+        run = _draw_compiled if engine.compiles(Chain(steps), slots, (theta, shared, start)) else _draw
+        found, _, drawn = run(Chain(steps), slots, tuple(takes), theta, shared, start, drawn)
         params = [(at, state) for at, (_, state) in zip(found, params, strict=True)]
-    return blocks, params, drawn
+    return blocks, params, drawn, memo
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _draw(step: Step, slots: Any, theta: Any, shared: Any, parts: Any, drawn: Any) -> tuple[Any, Any, Any]:
+def _draw(
+    step: Step, slots: Any, takes: tuple[bool, ...], theta: Any, shared: Any, parts: Any, drawn: Any
+) -> tuple[Any, Any, Any]:
     """Return the random state that each slot finds (stacked in a ``Repeat``), the streams, and the random state after.
 
     Of a whole forward pass, no more than the counts is asked for, so no more is left of it when it is compiled.
@@ -99,24 +127,27 @@ def _draw(step: Step, slots: Any, theta: Any, shared: Any, parts: Any, drawn: An
         case Chain(steps):
             found: list[Any] = []
             for child, here in children(steps):
-                more, parts, drawn = _draw(child, slots[here], theta[here], shared, parts, drawn)
+                more, parts, drawn = _draw_compiled(child, slots[here], takes[here], theta[here], shared, parts, drawn)
                 found += more
             return tuple(found), parts, drawn
         case Repeat(body, n):
 
             def one(carry: Any, theta: Any) -> Any:
-                found, *carry = _draw(body, slots, theta, shared, *carry)
+                found, *carry = _draw(body, slots, takes, theta, shared, *carry)
                 return tuple(carry), found
 
             (parts, drawn), found = lax.scan(one, (parts, drawn), theta, length=n)
             return found, parts, drawn
         case _:
-            takes = step.block and slots[0].function.value.rngs is not None
-            if takes:
+            take = step.block and takes[0]
+            if take:
                 theta = ((*jax.tree.leaves(drawn), *theta[0]),)
             parts, aux, _ = engine.forward(step, slots, theta, shared, parts, False)
-            after = nnx.merge_state(drawn, aux[0][-1][1]) if takes else drawn
-            return ((drawn if takes else None,) * step.block, parts, after)
+            after = nnx.merge_state(drawn, aux[0][-1][1]) if take else drawn
+            return ((drawn if take else None,) * step.block, parts, after)
+
+
+_draw_compiled = jax.jit(_draw, static_argnums=(0, 1, 2))
 
 
 def _takes_rngs(step: Any, layer: Any) -> bool:

@@ -2,14 +2,15 @@
 
 Read :func:`forward` and :func:`backward` side by side: for every kind of node one says what it does and what it
 keeps, the other how it gets its input back and what gradients it gives. Five invariants hold throughout (J1 to J5 of
-``docs/design.md``): what is kept, that every leaf is an argument, that equal layers are traced once, that steps wait
-for each other, and that stacked parameters are not copied.
+``docs/design.md``): what is saved, that every leaf is an argument, that blocks run in Python once a call, that steps
+wait for each other, and that stacked parameters are not copied.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,6 @@ import numpy as np
 from jax import lax
 
 from revcore.checks import check_has_inverse, check_stream_outputs
-from revcore.coupling import Coupling
 from revcore.errors import SpecError
 from revcore.laws import InverseReport, relative_error
 from revcore.policy import Policy, Reverse, StoreAll
@@ -28,6 +28,7 @@ from revcore.program import Program
 from revcore.step import Anchor, Bijection, Chain, Couple, Repeat, Step
 from revcore_jax import retain, watch
 from revcore_jax.boundary import bind, check_offload, check_policy, probe
+from revcore_jax.closed import ClosedBijection, ClosedCoupling, GivenCoupling, is_staged
 from revcore_jax.drift import watched
 from revcore_jax.plan import (
     Anchored,
@@ -45,10 +46,15 @@ from revcore_jax.plan import (
     stores,
 )
 from revcore_jax.trees import (
+    Fixed,
     add,
+    coupling_vjp,
+    default_float,
     fence,
+    instantiated,
     is_inexact,
-    laid,
+    is_primal,
+    is_symbolic_zero,
     mask_float0,
     narrowed,
     pullback,
@@ -59,7 +65,7 @@ from revcore_jax.trees import (
 )
 
 Streams = tuple[Any, ...]
-Slots = tuple[Any, ...]  # of Block, or Hoisted
+Slots = tuple[Any, ...]  # of Placed; of Block where blocks are run as they are
 
 
 # --- the public functions ---------------------------------------------------------------------------------------------
@@ -90,20 +96,21 @@ def reversible(
     Args:
         program: what to run.
         blocks: one function for each slot, ``program.num_slots`` of them: a ``Repeat``'s body once. Pure functions, as
-            for ``jax.jit``: each is traced once for all calls with equal shapes, so define them once (a new ``lambda``
-            in each call compiles anew, and is held, with what it closes over, until ``jax.clear_caches()``). A
+            for ``jax.jit``: each runs in Python once a call, in the call (one that stands in several places once for
+            them all), and neither pass runs it later. What it reads from Python is read then, and not remembered. A
             ``Bijection()`` takes an object with ``forward(params, *streams, ...)`` and ``inverse(params, *streams,
             ...)``.
         params: one pytree for each slot; inside ``Repeat(step, n)`` with a leading axis of ``n`` on every leaf
             (:func:`revcore_jax.stack` makes it).
         streams: ``program.num_streams`` arrays of a floating-point or complex dtype.
         *args: handed to every block after its sources, as are ``**kwargs``. Arrays and typed keys are traced; other
-            leaves (``True``, ``"same"``, ``None``, Python numbers) are static, so a new value compiles anew.
+            leaves (``True``, ``"same"``, ``None``, Python numbers, NumPy's truth values and integers) are static, so a
+            new value compiles anew.
         layerwise_args_kwargs: one ``(args, kwargs)`` for each slot, handed to that block after the common ones; stacked
             inside ``Repeat`` as ``params`` are. The place for a dropout key of each layer.
         policy: what the backward pass keeps, in steps; inside a ``Repeat`` rounded to whole iterations. Its
             ``recompute`` is one of ``jax.checkpoint_policies`` (under ``Reverse`` it does not look into a block's own
-            ``scan``, as it does under ``Checkpoint``); ``offload`` needs a ``Repeat``.
+            ``scan``, ``cond`` or ``while_loop``); ``offload`` needs a ``Repeat``.
         stream_dtype: a dtype or its name (``"float32"``), in which streams are held between steps. Blocks get their
             sources in the dtype that came in, which must be one for all streams and no wider; what they return is
             coupled in ``stream_dtype``, and the result is in the dtype that came in. An ``Anchor``'s block gets and
@@ -154,19 +161,20 @@ def wide(
     layerwise: Any,
     policy: Policy,
     stream_dtype: Any,
+    memo: dict[Any, Any] | None = None,
 ) -> tuple[Streams, list[tuple[Any, ...]]]:
     """Return what :func:`reversible` returns, its streams as they are held, and always a list of auxiliary outputs."""
     policy = check_policy(policy)
     slots, *leaves = bind(program, blocks, params, streams, args, kwargs, layerwise, stream_dtype)
     check_offload(policy, program)
     theta, shared, start = vary_alike(leaves, partial(once, Chain(program.steps), slots))
-    slots, shared = probe(program, slots, theta, shared, start, isinstance(policy, Reverse))
+    steps, slots, shared = probe(program, slots, theta, shared, start, memo, reversing=isinstance(policy, Reverse))
     run = _run_plainly
     if isinstance(policy, Reverse):
         run = _run_reversed
         theta, shared, start = watched(program, policy, start, (theta, shared, start))
     start = watch.begin(program.lattice, start)
-    out, aux = run(make_plan(program.steps, policy), slots, theta, shared, start)
+    out, aux = run(retain.decided(make_plan(steps, policy), slots), slots, theta, shared, start)
     out = watch.settle(out)
     return tuple(out[i] for i in program.output), list(aux)
 
@@ -231,8 +239,8 @@ def check_inverse(
     )
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((theta, shared, streams))):
         raise SpecError("check_inverse: a traced value came, expected concrete arrays: call it outside of jax.jit")
-    probe(program, slots, theta, shared, streams, True)
-    steps = list(_unrolled(Chain(program.steps), slots, theta))
+    closed, slots, shared = probe(program, slots, theta, shared, streams)
+    steps = list(_unrolled(Chain(closed), slots, theta))
     states, carries = [watch.begin(program.lattice, streams)], []
     for step, slot, values in steps:
         after, _, carry = _forward_jit(step, slot, values, shared, states[-1], not isinstance(step, Anchor))
@@ -291,19 +299,52 @@ _run_reversed = jax.custom_vjp(_run_plainly, nondiff_argnums=(0, 1))
 
 
 def _run_forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Any:
+    theta, shared, streams = _values((theta, shared, streams))
+    if any(program.acts for slot in slots for program in slot.programs):
+        raise SpecError(
+            "a block calls io_callback, which would act twice, for the backward pass recomputes the block: return what "
+            "it is given as an auxiliary output, or write policy=StoreAll()"
+        )
     y, aux, residual = forward(node, slots, theta, shared, streams, True)
-    return (y, aux), (theta, shared, y, residual)  # J1: no layer's input
+    return (y, aux), _Saved((theta, shared, y, residual), default_float())  # J1: no layer's input
 
 
-def _run_backward(node: Node, slots: Slots, kept: Any, cotangents: Any) -> Any:
-    theta, shared, y, residual = kept
-    gy, gaux = cotangents
-    _, gx, gtheta, gshared = backward(node, slots, theta, shared, residual, y, gy, mask_float0(gaux))
-    gx, gtheta, gshared = watch.settle_gradients(gx, gtheta, gshared)
-    return gtheta, gshared, gx
+def _run_backward(node: Node, slots: Slots, saved: _Saved, cotangents: Any) -> Any:
+    theta, shared, y, residual = saved.arrays
+    x64 = saved.default_float == np.float64
+    with contextlib.nullcontext() if saved.default_float == default_float() else jax.enable_x64(x64):
+        gy, gaux = jax.tree.map(instantiated, cotangents, is_leaf=is_symbolic_zero)
+        _, gx, gtheta, gshared = backward(node, slots, theta, shared, residual, y, gy, mask_float0(gaux))
+        gx, gtheta, gshared = watch.settle_gradients(gx, gtheta, gshared)
+        return gtheta, gshared, gx
 
 
-_run_reversed.defvjp(_run_forward, _run_backward)
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["default_float"])
+@dataclass
+class _Saved:
+    """What the backward pass is given, and whether x64 was on: it is to be on there, too."""
+
+    arrays: Any
+    default_float: Any
+
+
+# what is symbolically zero tells of values that nobody differentiates
+_run_reversed.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
+
+
+def _values(given: Any) -> Any:
+    """Return the arrays of a network that is differentiated; refuse to differentiate what has no gradient."""
+
+    def fixed(leaf: Any) -> Any:
+        for inner in jax.tree.leaves(leaf, is_leaf=is_primal) if isinstance(leaf, Fixed) else ():
+            if inner.perturbed and is_inexact(inner.value):
+                raise SpecError(
+                    "a function with a custom_vjp or custom_jvp rule in a block closes over a value that is "
+                    "differentiated, for which JAX has no gradient: make the value an argument of that function"
+                )
+
+    jax.tree.map(fixed, given, is_leaf=lambda v: isinstance(v, Fixed))
+    return jax.tree.map(lambda leaf: leaf.value, given, is_leaf=is_primal)
 
 
 def forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams, keep: bool) -> Any:
@@ -311,8 +352,8 @@ def forward(node: Node, slots: Slots, theta: Any, shared: Any, streams: Streams,
     match node:
         case Couple():
             f, aux = _block_output(node, slots, theta, shared, streams)
-            x = streams[node.target]
-            y, carry = node.coupling.advance(x, f) if keep else (node.coupling.forward(x, f), ())
+            x, coupling = streams[node.target], _coupling(node, shared)
+            y, carry = coupling.advance(x, f) if keep else (coupling.forward(x, f), ())
             return _after(_replace(streams, node.target, y), y), (aux,) * node.block, carry
         case Bijection() | Anchor():
             y, aux = _move(node, slots, theta, shared, streams)
@@ -379,13 +420,11 @@ def backward(
     """Return ``(x, gx, gtheta, gshared)``: the node's input, and the gradients."""
     match node:
         case Couple(target, sources):
-
-            def output(theta: Any, shared: Any, seen: Streams) -> Any:
-                return _block_output(node, slots, theta, shared, dict(zip(sources, seen, strict=True)))
-
-            (f, _), pull = pullback(output, theta, shared, tuple(y[s] for s in sources))
-            x, wrong = node.coupling.restore(y[target], f, residual)
-            gx, gf = _coupling_vjp(node.coupling, x, f, gy[target])
+            coupling = _coupling(node, shared)
+            (f, _), pull = _pulled_output(node, slots, theta, shared, tuple(y[s] for s in sources))
+            x, wrong = coupling.restore(y[target], f, residual)
+            differentiate = coupling.vjp if isinstance(coupling, GivenCoupling) else partial(coupling_vjp, coupling)
+            gx, gf = differentiate(x, f, gy[target])
             gtheta, gshared, gseen = pull((gf, *gaux) if node.block else (gf, ()))
             gstreams = _replace(gy, target, gx)
             for s, g in zip(sources, gseen, strict=True):
@@ -395,9 +434,10 @@ def backward(
             return _before(_replace(y, target, x)), gstreams, gtheta, gshared
         case Bijection():
             x = _before(_undo(node, slots, theta, shared, y))
-            _, pull = pullback(partial(_move, node, slots), theta, shared, x)
-            gtheta, gshared, gx = pull((gy, *gaux) if node.block else (gy, ()))
-            return x, gx, gtheta, gshared
+            _, pull = _pulled_move(node, slots, theta, shared, watch.part(x)[0])
+            gstreams, seen = watch.part(gy)
+            gtheta, gshared, gx = pull((gstreams, *gaux) if node.block else (gstreams, ()))
+            return x, (*gx, seen) if seen is not None else gx, gtheta, gshared
         case Seq(nodes):
             gtheta, g, total = (), (), zeros(shared)
             for (child, here), kept in reversed(list(zip(children(nodes), residual, strict=True))):
@@ -461,12 +501,13 @@ def _undo(node: Node, slots: Slots, theta: Any, shared: Any, y: Streams, carry: 
     match node:
         case Couple(target):
             f, _ = _block_output(node, slots, theta, shared, y)
+            coupling = _coupling(node, shared)
             if carry is None:
-                return _replace(y, target, node.coupling.inverse(y[target], f))
-            return _replace(y, target, node.coupling.restore(y[target], f, carry)[0])
+                return _replace(y, target, coupling.inverse(y[target], f))
+            return _replace(y, target, coupling.restore(y[target], f, carry)[0])
         case Bijection():
             y, seen = watch.part(y)
-            x = slots[0].undo(theta[0], shared, *y) if node.block else node.inverse(*y)  # type: ignore[misc]
+            x = slots[0].undo(theta[0], shared, *y) if node.block else _function(node.inverse, shared)(*y)
             x, _ = check_stream_outputs(None, node, x, len(y), inverse=True)
             return x if seen is None else (*x, seen)
         case Seq(nodes):
@@ -528,23 +569,99 @@ def _place(i: Any, every: int) -> tuple[Any, Any]:
     return jnp.maximum(i // every - 1, 0), (i > 0) & (i % every == 0)
 
 
-# J3: jitted under the identity of (node, slots), so equal layers are traced once, and eager calls run compiled steps.
-_forward_jit = jax.jit(forward, static_argnums=(0, 1, 5))
-_backward_jit = jax.jit(backward, static_argnums=(0, 1))
+# J3a: jitted under the identity of (node, programs), so equal layers share a trace, and eager calls run compiled steps.
+_forward_compiled = jax.jit(forward, static_argnums=(0, 1, 5))
+_backward_compiled = jax.jit(backward, static_argnums=(0, 1))
+
+
+def _forward_jit(node: Node, slots: Slots, *given: Any) -> Any:
+    return (_forward_compiled if compiles(node, slots, given) else forward)(node, slots, *given)
+
+
+def _backward_jit(node: Node, slots: Slots, *given: Any) -> Any:
+    return (_backward_compiled if compiles(node, slots, given) else backward)(node, slots, *given)
+
+
+def compiles(node: Node | Step, slots: Slots, given: Any) -> bool:
+    """Return whether to compile a step: not one whose programs no later call would find."""
+    programs = [program for part in (*_own_functions(node), *slots) for program in part.programs]
+    return all(program.known for program in programs) and (
+        all(program.compiles for program in programs) or any(map(is_staged, jax.tree.leaves(given)))
+    )
+
+
+def _own_functions(node: Any) -> Iterator[Any]:
+    """Yield the closed functions that a node's steps have beside its blocks."""
+    match node:
+        case Couple():
+            if isinstance(node.coupling, ClosedCoupling):
+                yield node.coupling
+        case Bijection():
+            yield from (f for f in (node.forward, node.inverse) if isinstance(f, ClosedBijection))
+        case Anchor():
+            pass
+        case Seq(nodes) | Parts(nodes) | Chain(nodes):
+            for child in nodes:
+                yield from _own_functions(child)
+        case Split(head, tail):
+            yield from (*_own_functions(head), *_own_functions(tail))
+        case Repeat(step):
+            yield from _own_functions(step)
+        case _:
+            yield from _own_functions(node.node)
 
 
 # --- the pieces of one step -------------------------------------------------------------------------------------------
 
 
 def _block_output(step: Couple, slots: Slots, theta: Any, shared: Any, streams: Any) -> tuple[Any, tuple[Any, ...]]:
-    given = step.gather(streams)
-    return step.split(slots[0](theta[0], shared, *given), given) if step.block else (given[0], ())
+    return slots[0].output(step, theta[0], shared, streams) if step.block else (step.gather(streams)[0], ())
 
 
-def _move(step: Bijection | Anchor, slots: Slots, theta: Any, shared: Any, streams: Streams) -> Any:
+def _pulled_output(step: Couple, slots: Slots, theta: Any, shared: Any, seen: Streams) -> tuple[Any, Any]:
+    """Return what :func:`_block_output` does, and its pullback to parameters, shared leaves and sources."""
+    if step.block:
+        out, pull = slots[0].pullback("call", theta[0], shared, seen)
+        return out, lambda g: _of_slot(pull(g))
+
+    def output(theta: Any, shared: Any, seen: Streams) -> Any:
+        return _block_output(step, slots, theta, shared, dict(zip(step.sources, seen, strict=True)))
+
+    return pullback(output, theta, shared, seen)
+
+
+def _pulled_move(step: Bijection, slots: Slots, theta: Any, shared: Any, streams: Streams) -> tuple[Any, Any]:
+    if step.block:
+        out, pull = slots[0].pullback("move", theta[0], shared, streams)
+        return out, lambda g: _of_slot(pull(g))
+    if isinstance(step.forward, ClosedBijection):
+        out, pull = step.forward.piece.pullback((), shared, streams)
+        return out, pull
+    return pullback(partial(_move, step, slots), theta, shared, streams)
+
+
+def _of_slot(gradients: Any) -> Any:
+    gleaves, *rest = gradients
+    return (gleaves,), *rest
+
+
+def _coupling(step: Couple, shared: Any) -> Any:
+    return step.coupling.given(shared) if isinstance(step.coupling, ClosedCoupling) else step.coupling
+
+
+def _function(function: Any, shared: Any) -> Any:
+    return partial(function.given, shared) if isinstance(function, ClosedBijection) else function
+
+
+def _move(
+    step: Bijection | Anchor, slots: Slots, theta: Any, shared: Any, streams: Streams, index: int | None = None
+) -> Any:
     streams, seen = watch.part(streams)
-    out = slots[0].move(theta[0], shared, *streams) if step.block else step.forward(*streams)  # type: ignore[union-attr, misc]
-    after, aux = check_stream_outputs(None, step, out, len(streams))
+    if isinstance(step, Anchor) or step.block:
+        out = slots[0].move(theta[0], shared, *streams)
+    else:
+        out = _function(step.forward, shared)(*streams)
+    after, aux = check_stream_outputs(index, step, out, len(streams))
     if seen is not None:
         made = watch.encode(seen.lattice, after, "an Anchor") if isinstance(step, Anchor) else ()
         after = (*(made or after), seen.after(*made))
@@ -560,21 +677,6 @@ def _after(streams: Streams, y: Any) -> Streams:
 
 def _before(streams: Streams) -> Streams:
     return _replace(streams, len(streams) - 1, streams[-1].before()) if watch.part(streams)[1] else streams
-
-
-def _coupling_vjp(coupling: Coupling, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
-    result = coupling.vjp(x, f, gy)
-    if result is NotImplemented:
-        result = jax.vjp(coupling.forward, x, f)[1](gy)
-    # a block may return integers, which have no gradient
-    return _cast(result[0], x), jax.tree.map(lambda g, f: _cast(g, f) if is_inexact(f) else None, result[1], f)
-
-
-def _cast(gradient: Any, like: Any) -> Any:
-    """A block may be narrower than its stream, or laid otherwise, and a cotangent has its value's type."""
-    if jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(like):
-        gradient = gradient.real
-    return laid(gradient.astype(like.dtype), like)
 
 
 def _replace(streams: Streams, index: int, value: Any) -> Streams:

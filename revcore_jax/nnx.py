@@ -147,10 +147,10 @@ class ReversibleSequential(nnx.Module):
         program, rngs = self.program, _check_rngs(self.rngs if rngs is None else rngs)
         parts = streams.split(x, self._how[0], self.num_streams, self.axis)
         given = args, kwargs, layerwise_args_kwargs, self.stream_dtype
-        blocks, params, drawn = parted(program, self.layers, rngs, parts, given, inverting=False)
+        blocks, params, drawn, memo = parted(program, self.layers, rngs, parts, given, inverting=False)
         # every block returns its changed state, if only an empty one
         out, aux = engine.wide(
-            program, blocks, params, parts, args, kwargs, layerwise_args_kwargs, self.policy, self.stream_dtype
+            program, blocks, params, parts, args, kwargs, layerwise_args_kwargs, self.policy, self.stream_dtype, memo
         )
         write_back(self.layers, rngs, [extra[-1] for extra in aux], drawn)
         y, aux = streams.merge(out, self._how[1], self.axis), [extra[:-1] for extra in aux]
@@ -172,7 +172,7 @@ class ReversibleSequential(nnx.Module):
         program, rngs = self.program, _check_rngs(self.rngs if rngs is None else rngs)
         parts = streams.split(y, "chunk", self.num_streams, self.axis)
         given = args, kwargs, layerwise_args_kwargs, self.stream_dtype
-        blocks, params, _ = parted(program, self.layers, rngs, parts, given, inverting=True)
+        blocks, params, *_ = parted(program, self.layers, rngs, parts, given, inverting=True)
         result = engine.inverse(
             program,
             blocks,

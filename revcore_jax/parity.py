@@ -308,6 +308,7 @@ def _step_by_step(networks: list[list[Stage]], deltas: Sequence[Any]) -> Iterato
         layerwise: Any,
         policy: Any,
         stream_dtype: Any,
+        memo: Any = None,
     ) -> Any:
         stages: list[Stage] = []
 

@@ -61,7 +61,7 @@ class Selected:
     """A step whose block is evaluated again but for the operations that ``recompute`` wants kept."""
 
     node: Primitive
-    recompute: Callable[..., Any]
+    recompute: Any  # a policy, or what it said of each operation
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,6 @@ def stores(node: Node) -> bool:
             return False
 
 
-@lru_cache(maxsize=4096)
 def width(node: Node | Step) -> int:
     """Return how many slots (blocks as written) a node or step takes."""
     match node:
@@ -291,3 +290,22 @@ class _Planner:
 def written(steps: tuple[Step, ...]) -> tuple[Primitive, ...]:
     """Return the steps that call a block, as written: one for each slot."""
     return tuple(step for step in slots(Chain(steps)) if step.block)
+
+
+Lengths = tuple[int, ...]  # of the Repeats around a slot, the outermost first
+
+
+def lengths(step: Step, around: Lengths = ()) -> list[Lengths]:
+    """Return the lengths of the ``Repeat``s around each slot of ``step``.
+
+    >>> from revcore import Couple
+    >>> lengths(Chain([Couple(0, 1), Repeat(Chain([Couple(0, 1), Repeat(Couple(1, 0), 3)]), 2)]))
+    [(), (2,), (2, 3)]
+    """
+    match step:
+        case Chain(steps):
+            return [found for child in steps for found in lengths(child, around)]
+        case Repeat(body, n):
+            return lengths(body, (*around, n))
+        case _:
+            return [around] * step.block

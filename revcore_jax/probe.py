@@ -18,7 +18,7 @@ from revcore.policy import Reverse
 from revcore.probe import Probe, combined, places
 from revcore.step import Anchor, Chain, Repeat, Step
 from revcore_jax import boundary
-from revcore_jax.engine import Slots, Streams, _undo, forward
+from revcore_jax.engine import Slots, Streams, _undo, compiles, forward
 from revcore_jax.plan import children
 
 
@@ -76,8 +76,8 @@ class DriftProbe(Probe):
         )
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((theta, shared, streams))):
             raise SpecError("DriftProbe: a traced value came, expected concrete arrays: call it outside of jax.jit")
-        boundary.probe(self.program, slots, theta, shared, streams, reversing=True)
-        step, each = Chain(self.program.steps), -(-self.samples // len(streams))
+        steps, slots, shared = boundary.probe(self.program, slots, theta, shared, streams)
+        step, each = Chain(steps), -(-self.samples // len(streams))
         end, taken = _forth_jit(step, slots, each, theta, shared, streams)
         _, sums = _back_jit(step, slots, each, theta, shared, end, taken)
         errors = [
@@ -130,8 +130,16 @@ def _back(step: Step, slots: Slots, each: int, theta: Any, shared: Any, y: Strea
             return x, jnp.stack([jnp.stack([jnp.asarray(v, jnp.zeros(0).dtype) for v in row]) for row in rows])[None]
 
 
-_forth_jit = jax.jit(_forth, static_argnums=(0, 1, 2))
-_back_jit = jax.jit(_back, static_argnums=(0, 1, 2))
+_forth_compiled = jax.jit(_forth, static_argnums=(0, 1, 2))
+_back_compiled = jax.jit(_back, static_argnums=(0, 1, 2))
+
+
+def _forth_jit(step: Step, slots: Slots, each: int, *given: Any) -> Any:
+    return (_forth_compiled if compiles(step, slots, given) else _forth)(step, slots, each, *given)
+
+
+def _back_jit(step: Step, slots: Slots, each: int, *given: Any) -> Any:
+    return (_back_compiled if compiles(step, slots, given) else _back)(step, slots, each, *given)
 
 
 def _taken(streams: Streams, each: int) -> tuple[Any, ...]:

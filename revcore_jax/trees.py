@@ -11,19 +11,12 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.interpreters.ad import Zero, instantiate_zeros  # jnp.zeros knows no axes that it shall vary over
 from jax.sharding import NamedSharding, reshard
 
 from revcore.checks import check_held, check_input_dtypes, check_stream_dtype
 from revcore.errors import SpecError
-
-try:
-    from jax.core import eval_jaxpr
-except ImportError:  # it has moved before
-    from jax._src.core import eval_jaxpr
-try:
-    from jax.interpreters.partial_eval import dce_jaxpr
-except ImportError:
-    from jax._src.interpreters.partial_eval import dce_jaxpr
 
 
 def is_array(value: Any) -> bool:
@@ -31,6 +24,16 @@ def is_array(value: Any) -> bool:
     if isinstance(value, (np.ndarray, np.generic)):
         return value.dtype.kind not in "OSUMm"
     return isinstance(value, jax.Array)
+
+
+def is_traced(leaf: Any) -> bool:
+    """Return whether an argument's leaf is traced: NumPy's truth values and integers are static, as Python's are."""
+    if isinstance(leaf, jax.Ref):
+        raise SpecError(
+            "got a JAX Ref as an argument, which a block's second run would find changed: hand over its value, "
+            "ref[...], and return the new one as an auxiliary output"
+        )
+    return is_array(leaf) and not isinstance(leaf, (np.bool_, np.integer))
 
 
 def is_value(leaf: Any) -> bool:
@@ -49,6 +52,11 @@ def as_array(leaf: Any) -> Any:
 
 def is_inexact(array: Any) -> bool:
     return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+def default_float() -> Any:
+    """Return the dtype of a Python number: it tells whether x64 is on."""
+    return jax.dtypes.result_type(float)
 
 
 # --- static and traced parts of a block's call ------------------------------------------------------------------------
@@ -86,11 +94,11 @@ class Recipe:
     @staticmethod
     def of(tree: Any) -> tuple[Recipe, tuple[Any, ...]]:
         leaves, treedef = jax.tree.flatten(tree)
-        statics = tuple(None if is_array(leaf) else Key(leaf) for leaf in leaves)
-        return Recipe(treedef, statics), tuple(leaf for leaf in leaves if is_array(leaf))
+        statics = tuple(None if is_traced(leaf) else Key(leaf) for leaf in leaves)
+        return Recipe(treedef, statics), tuple(leaf for leaf in leaves if is_traced(leaf))
 
     def build(self, arrays: Sequence[Any]) -> Any:
-        left = iter(arrays)  # there may be more: what blocks close over comes after the shared arguments
+        left = iter(arrays)
         return self.treedef.unflatten([next(left) if s is None else s.value for s in self.statics])
 
 
@@ -116,6 +124,11 @@ class Block:
 
     def __call__(self, leaves: Any, shared: Any, *streams: Any) -> Any:
         return self._run(self.function.value, leaves, shared, streams)
+
+    def output(self, step: Any, leaves: Any, shared: Any, streams: Any) -> Any:
+        """Return ``(f, auxiliary outputs)``, as the step's coupling takes them."""
+        given = step.gather(streams)
+        return step.split(self(leaves, shared, *given), given)
 
     def move(self, leaves: Any, shared: Any, *streams: Any) -> Any:
         """The block of a Bijection or Anchor: its ``forward`` if it has one."""
@@ -202,14 +215,16 @@ def vary_alike(leaves: Any, run: Callable[..., Any]) -> Any:
         return leaves
     axes = frozenset().union(*map(varying, leaves[-1]))
     while True:
-        given = _over(axes, leaves)
-        after = axes.union(*map(_axes, jax.make_jaxpr(run)(*given).out_avals))
+        given = over(axes, leaves)
+        after = axes.union(*map(varying, jax.make_jaxpr(run)(*given).out_avals))
         if after == axes:
             return given
         axes = after
 
 
-def _over(axes: frozenset[Any], tree: Any) -> Any:
+def over(axes: frozenset[Any], tree: Any) -> Any:
+    """Return ``tree``, whose float leaves vary over ``axes`` at least."""
+
     def cast(leaf: Any) -> Any:
         missing = axes - varying(leaf)
         return jax.lax.pcast(leaf, tuple(missing), to="varying") if missing and is_inexact(leaf) else leaf
@@ -236,11 +251,13 @@ def fence(tree: Any) -> Any:
 
 
 def varying(leaf: Any) -> frozenset[Any]:
-    return _axes(jax.typeof(leaf))
+    """Return the mesh axes that an array, or a type, varies over."""
+    return frozenset(type_of(leaf).manual_axis_type.varying)
 
 
-def _axes(aval: Any) -> frozenset[Any]:
-    return frozenset(aval.manual_axis_type.varying)
+def type_of(value: Any) -> Any:
+    """Return the type of an array; a type is its own."""
+    return value if isinstance(value, jax.core.AbstractValue) else jax.typeof(value)
 
 
 # --- explicit sharding ------------------------------------------------------------------------------------------------
@@ -257,85 +274,61 @@ def laid(array: Any, like: Any) -> Any:
 
 def spec(array: Any) -> Any:
     """Return how ``array`` is cut over explicit axes, one entry for each axis of its own."""
-    return jax.typeof(array).sharding.spec
-
-
-# --- what blocks close over -------------------------------------------------------------------------------------------
-
-
-_HOLE = object()
-
-
-class Traced:
-    """A function's jaxpr; :attr:`closed_over` lists the tracers that it found outside its arguments."""
-
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-        self.out_tree = jax.tree.structure(shape)
-        self.closed_over = [c for c in closed.consts if isinstance(c, jax.core.Tracer)]
-        self._jaxpr = closed.jaxpr
-        self._consts = [_HOLE if isinstance(c, jax.core.Tracer) else c for c in closed.consts]
-
-    def __call__(self, consts: Sequence[Any], *args: Any) -> Any:
-        """Evaluate with other values for :attr:`closed_over`."""
-        given = iter(consts)
-        filled = [next(given) if c is _HOLE else c for c in self._consts]
-        out = eval_jaxpr(self._jaxpr, filled, *jax.tree.leaves(args))
-        return self.out_tree.unflatten(map(as_array, out))  # a constant is a number in a jaxpr
-
-
-def eval_one(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Return the results of one equation of a jaxpr."""
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # before 0.10.2, functions were apart
-    out = eqn.primitive.bind(*functions, *values, **params)
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def uses(function: Callable[..., Any], *args: Any) -> list[bool]:
-    """Say for each leaf of ``args`` whether any result of ``function`` depends on it."""
-    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    return dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
-
-
-class Hoisted:
-    """A block that closes over tracers, which it now takes from the end of the shared leaves."""
-
-    def __init__(self, pieces: dict[str, Traced], num_shared: int, register: Callable[[Any], int]) -> None:
-        self._pieces, self._num_shared = pieces, num_shared
-        self._places = {name: [register(c) for c in piece.closed_over] for name, piece in pieces.items()}
-        for piece in pieces.values():  # jit's cache holds on to this block, and must not to a trace that is over
-            piece.closed_over.clear()
-
-    def _run(self, name: str, leaves: Any, shared: Any, streams: Any) -> Any:
-        consts = [shared[i] for i in self._places[name]]
-        return self._pieces[name](consts, leaves, shared[: self._num_shared], *streams)
-
-    def __call__(self, leaves: Any, shared: Any, *streams: Any) -> Any:
-        return self._run("call", leaves, shared, streams)
-
-    def move(self, leaves: Any, shared: Any, *streams: Any) -> Any:
-        return self._run("move", leaves, shared, streams)
-
-    def undo(self, leaves: Any, shared: Any, *streams: Any) -> Any:
-        return self._run("undo", leaves, shared, streams)
+    return type_of(array).sharding.spec
 
 
 # --- gradients of the leaves that have any ----------------------------------------------------------------------------
 
 
+class Fixed:
+    """An array without a gradient, whatever its dtype: what a block closes over, and nothing outside can move."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+jax.tree_util.register_pytree_node(Fixed, lambda fixed: ((fixed.value,), None), lambda _, kids: Fixed(*kids))
+
+
+def moving(tree: Any) -> list[bool]:
+    """Say for each leaf of ``tree`` whether it has a gradient."""
+    mask: list[bool] = []
+    for leaf in jax.tree.leaves(tree, is_leaf=lambda v: isinstance(v, Fixed)):
+        mask += [False] * len(jax.tree.leaves(leaf)) if isinstance(leaf, Fixed) else [is_inexact(leaf)]
+    return mask
+
+
 def zeros(tree: Any) -> Any:
     """Return zero gradients: ``None`` for leaves that have none."""
-    return jax.tree.map(lambda a: jnp.zeros_like(a) if is_inexact(a) else None, tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    mask = moving(tree)
+    return treedef.unflatten([jnp.zeros_like(a) if m else None for a, m in zip(leaves, mask, strict=True)])
 
 
 def add(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
 
 
+def is_primal(value: Any) -> bool:
+    """Return whether ``value`` is what a ``custom_vjp`` with symbolic zeros is given for an array."""
+    return isinstance(value, CustomVJPPrimal)
+
+
+def is_symbolic_zero(value: Any) -> bool:
+    return isinstance(value, SymbolicZero)
+
+
+def instantiated(cotangent: Any) -> Any:
+    """Return a cotangent as an array: it may be a symbolic zero, or a Python number."""
+    if not isinstance(cotangent, SymbolicZero):
+        return jnp.asarray(cotangent) if isinstance(cotangent, (bool, int, float, complex)) else cotangent
+    aval: Any = cotangent.aval
+    return np.zeros(aval.shape, aval.dtype) if aval.dtype == jax.dtypes.float0 else instantiate_zeros(Zero(aval))
+
+
 def mask_float0(tree: Any) -> Any:
     """Replace the cotangents of integer outputs, which carry nothing, by ``None``."""
-    return jax.tree.map(lambda g: None if g.dtype == jax.dtypes.float0 else g, tree)
+    return jax.tree.map(lambda g: None if jax.dtypes.result_type(g) == jax.dtypes.float0 else g, tree)
 
 
 def take(tree: Any, index: Any) -> Any:
@@ -386,15 +379,30 @@ class Kept:
 def pullback(function: Callable[..., Any], *args: Any) -> tuple[Any, Pullback]:
     """Return ``function(*args)`` and its pullback, as ``jax.vjp``, but any leaf may be a key or an integer."""
     leaves, treedef = jax.tree.flatten(args)
-    mask = tuple(map(is_inexact, leaves))
+    mask = tuple(moving(args))
 
-    def of(moving: list[Any]) -> Any:
-        left = iter(moving)
+    def of(some: list[Any]) -> Any:
+        left = iter(some)
         out = function(*treedef.unflatten([next(left) if m else leaf for m, leaf in zip(mask, leaves, strict=True)]))
         return [leaf for leaf in jax.tree.leaves(out) if is_inexact(leaf)], out
 
     _, vjp, out = jax.vjp(of, [leaf for m, leaf in zip(mask, leaves, strict=True) if m], has_aux=True)
     return out, Pullback(vjp, treedef, mask)
+
+
+def coupling_vjp(coupling: Any, x: Any, f: Any, gy: Any) -> tuple[Any, Any]:
+    """Return ``(gx, gf)``, the latter with ``None`` for integers, which a block may return."""
+    result = coupling.vjp(x, f, gy)
+    if result is NotImplemented:
+        result = jax.vjp(coupling.forward, x, f)[1](gy)
+    return _like(result[0], x), jax.tree.map(lambda g, f: _like(g, f) if is_inexact(f) else None, result[1], f)
+
+
+def _like(gradient: Any, value: Any) -> Any:
+    """A block may be narrower than its stream, or sharded otherwise, and a cotangent has its value's type."""
+    if jnp.iscomplexobj(gradient) and not jnp.iscomplexobj(value):
+        gradient = gradient.real
+    return laid(gradient.astype(value.dtype), value)
 
 
 # --- stacking ---------------------------------------------------------------------------------------------------------

@@ -180,6 +180,46 @@ def shard_map_in_a_block(net: Net, p: Any, x: Any) -> Any:
     return jax.jit(gradient(net, block=block))(p, put(x, devices, P("data", None)))
 
 
+def averaged(q: Any, z: Any) -> Any:
+    """Varies over fewer axes than its stream: over none."""
+    return lax.pmean(mlp(q, z), "data")
+
+
+def constant(q: Any, z: Any) -> Any:
+    """Varies over the axes of its parameters alone, of which there are none."""
+    return jnp.broadcast_to(jnp.tanh(q["w"][..., 0, :] @ q["v"]), z.shape)
+
+
+def outputs_that_vary_less(net: Net, p: Any, x: Any) -> Any:
+    """By one row of ``averaged`` on each device, the mean over all rows."""
+    return mapped(net, mesh(data=DEVICES), P(), P("data"), True, block=averaged)(p, x)
+
+
+def outputs_that_do_not_vary(net: Net, p: Any, x: Any) -> Any:
+    return mapped(net, mesh(data=DEVICES), P(), P("data"), True, block=constant)(p, x)
+
+
+def gradients_of_outputs_that_vary_less(net: Net, p: Any, x: Any) -> Any:
+    def local(p: Any, x: Any) -> Any:
+        value, grads = gradient(net, block=lambda q, z: constant(q, z) + averaged_rows(q, z, "data"))(p, x)
+        return lax.psum(value, "data"), grads
+
+    out = (P(), (P(), P("data")))
+    return jax.jit(jax.shard_map(local, mesh=mesh(data=DEVICES), in_specs=(P(), P("data")), out_specs=out))(p, x)
+
+
+def averaged_rows(q: Any, z: Any, axis: str | None) -> Any:
+    return lax.pmean(mlp(q, z), axis) if axis else jnp.broadcast_to(mlp(q, z).mean(0, keepdims=True), z.shape)
+
+
+def average_of_all(q: Any, z: Any) -> Any:
+    return averaged_rows(q, z, None)
+
+
+def both(q: Any, z: Any) -> Any:
+    return constant(q, z) + average_of_all(q, z)
+
+
 def pmap(net: Net, p: Any, x: Any) -> Any:
     def local(p: Any, x: Any) -> Any:
         value, (gp, gx) = gradient(net, block=mlp)(p, x)
@@ -240,6 +280,9 @@ CASES: dict[str, tuple[Case, Callable[..., Any]]] = {
             sharding_constraint_in_a_block, shard_map, shard_map_unchecked, psum_in_a_block, psum_in_a_block_unchecked,
             shard_map_in_a_block,
         ],
+        average_of_all: [outputs_that_vary_less],
+        constant: [outputs_that_do_not_vary],
+        both: [gradients_of_outputs_that_vary_less],
         mlp: [vmap_with_spmd_axis_name, gradient_in_a_shard_map, pmap],
     }.items()
     for case in cases
@@ -249,7 +292,7 @@ CASES: dict[str, tuple[Case, Callable[..., Any]]] = {
 # Where a scan's carry is cut, or must vary over the axes that its body makes it vary over; the rest on a chain, and one
 # on both, for there barriers part what varies over unlike axes
 IN_A_SCAN = {"data parallel", "tensor parallel", "vmap with spmd axis name", "shard map"}
-IN_BOTH = {"psum in a block"}
+IN_BOTH = {"psum in a block", "outputs that vary less"}
 ALIKE = {"data parallel explicit axes", "psum in a block unchecked"}  # as whole outputs, and shard_map unchecked
 
 
