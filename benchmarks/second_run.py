@@ -58,7 +58,7 @@ class Margin:
         self._broken = determinism._Rule.broken
 
     def __enter__(self) -> Margin:
-        determinism._Rule.broken = self.broken  # type: ignore[method-assign]
+        determinism._Rule.broken = lambda rule, *values: self.broken(rule, *values)  # pyright: ignore[reportAttributeAccessIssue]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
@@ -287,7 +287,12 @@ class Tape:
         """Return a few values of a step's first run (T21)."""
         changed = frame.saved.changed
         own = {*map(replay.memory_of, frame.buffers.changing)}  # in the second run they are what they were before
-        looked_at = [(k, t) for k, t in enumerate(saved) if k not in changed and replay.memory_of(t) not in own]
+        looked_at = [
+            (k, t)
+            for k, t in enumerate(saved)
+            # a weight is the plain network's own saved tensor, whatever becomes of it
+            if k not in changed and not _is_weight(t) and replay.memory_of(t) not in own
+        ]
         inside = max([torch.finfo(dtype).eps for _, on, dtype, _ in self.settings[0] if on], default=0.0)
         return determinism.Noted(_outputs(frame.call, f), _sources(frame.call, streams), looked_at, inside)
 
@@ -787,6 +792,10 @@ def _can_record() -> bool:
         and not torch._C._get_tracing_state()
         and not torch.compiler.is_exporting()
     )
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return type(tensor) is nn.Parameter or type(tensor._base) is nn.Parameter
 
 
 def _is_one_piece(stream: Tensor) -> bool:
