@@ -55,14 +55,16 @@ class Margin:
 
     def __init__(self) -> None:
         self.needed: Counter[float] = Counter()
-        self._broken = determinism._Rule.broken
+        self._broken, self._surely = determinism._Rule.broken, determinism._Rule.is_surely_met
 
     def __enter__(self) -> Margin:
-        determinism._Rule.broken = lambda rule, *values: self.broken(rule, *values)  # pyright: ignore[reportAttributeAccessIssue]
+        rule: Any = determinism._Rule
+        rule.broken = lambda rule, *values: self.broken(rule, *values)
+        rule.is_surely_met = lambda _, __, one, other: bool((one == other).all())
         return self
 
     def __exit__(self, *_: object) -> None:
-        determinism._Rule.broken = self._broken
+        determinism._Rule.broken, determinism._Rule.is_surely_met = self._broken, self._surely
 
     def broken(self, *given: Any) -> str | None:
         allowed = determinism._FACTOR
@@ -107,7 +109,10 @@ def alarms(steps: int, batch: int, context: int) -> None:
                 optimizer.step()
                 losses.append(loss.item())
         first, last = (statistics.mean(part) for part in (losses[:10], losses[-10:]))
-        print(f"{name:<34}{steps:>8}{raised:>8}{first:>12.3f}{last:>11.3f}{max(margin.needed):>15g}", flush=True)
+        print(
+            f"{name:<34}{steps:>8}{raised:>8}{first:>12.3f}{last:>11.3f}{max(margin.needed, default=0.0):>15g}",
+            flush=True,
+        )
 
 
 def main() -> None:
