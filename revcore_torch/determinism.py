@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from revcore.errors import InversionError, SpecError
 from revcore_torch import replay
 from revcore_torch.steps import is_dense
-from revcore_torch.watch import is_faking
 
 CHECKS = ("values", "shapes", "none")
 
@@ -88,11 +86,10 @@ class Sample:
 
     def __init__(self, tensors: Iterable[tuple[str, int, Any]]) -> None:
         groups: dict[Any, list[tuple[_Part, Tensor]]] = {}
-        types = (*_TYPES, FakeTensor) if is_faking() else _TYPES  # a plan's, which count for their memory
         # no mode of the user's sees, counts or changes what is copied
         with torch.no_grad(), replay._unseen(), torch._C.DisableTorchFunction():  # pyright: ignore[reportAttributeAccessIssue]
             for role, number, tensor in tensors:
-                if type(tensor) in types and _has_values(tensor):
+                if type(tensor) in _TYPES and _has_values(tensor):
                     there = groups.setdefault((tensor.dtype, tensor.device), [])
                     lazy = tensor.is_conj() or tensor.is_neg()  # what is in memory is something else
                     part = _part(role, number, tensor.dtype, tensor.shape, tensor.stride(), lazy)
@@ -156,8 +153,6 @@ def _part(role: str, number: int, dtype: torch.dtype, shape: torch.Size, stride:
 
 def _some(tensor: Tensor, part: _Part) -> Tensor:
     """Return a view of some elements, or where there is none a copy."""
-    if isinstance(tensor, FakeTensor):
-        return tensor.new_empty(part.num_values)  # a plan's
     if part.dtype.is_complex:
         tensor = torch.view_as_real(tensor.resolve_conj())
     if part.is_view:
@@ -230,8 +225,6 @@ class Judge:
         self._look(_KEPT, first, Sample.like(first, {("kept", k): tensor for k, tensor in enumerate(kept)}))
 
     def _look(self, rule: _Rule, first: Sample, again: Sample) -> None:
-        if any(isinstance(values, FakeTensor) for values in first.values):
-            return  # a plan: the sample counts for its memory alone
         if _is_at_hand(first.values):
             _settle(rule, first, again, [*map(_array, first.values)], [*map(_array, again.values)])
         else:

@@ -59,7 +59,7 @@ def modules_of(block: Any) -> list[nn.Module]:
 _LIBRARIES = frozenset({"builtins", "functools", "torch", "numpy", "transformers", "peft", "accelerate", "deepspeed"})
 _DEPTH = 4  # of objects inside objects
 _ITEMS = 256  # of a container
-_SMALL = 1 << 16  # elements of a tensor, which is copied before each run
+SMALL = 1 << 16  # elements of a tensor whose old value may be kept
 _NUM_ATTRIBUTES = len(vars(nn.Module()))  # of a module that has none of its own
 _STANDARD = frozenset(vars(nn.Module()))
 # types that hold nothing, most of what there is
@@ -103,7 +103,7 @@ class _Search:
             return
         self.seen.add(id(value))
         if kind is Tensor:
-            if not value.requires_grad and value.numel() <= _SMALL and not value.is_inference():
+            if not value.requires_grad and value.numel() <= SMALL and not value.is_inference():
                 self.tensors.append(value)
             return
         if kind is types.FunctionType:
@@ -124,8 +124,8 @@ class _Search:
         for part in _parts(function, types.FunctionType):
             self.look(part, depth - 1)
         found = before != (len(self.modules), len(self.generators), len(self.tensors))
-        held = [*_contents(function.__closure__), *(function.__defaults__ or ())]
-        if not found and depth > 1 and all(type(part) in _ATOMS or type(part) is types.FunctionType for part in held):
+        held = map(type, _bound(function))
+        if not found and depth > 1 and all(kind in _ATOMS or kind is types.FunctionType for kind in held):
             _idle.add(function)
 
     def _add(self, module: nn.Module) -> None:
@@ -149,14 +149,9 @@ def _is_generator(value: Any) -> bool:
 def _parts(value: Any, kind: type) -> Iterable[Any]:
     """Return what an object holds."""
     if kind is types.FunctionType:
-        found = [*_contents(value.__closure__), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        names = value.__globals__
         # of what is global, only what may be a block's state; a configuration or a logger is not
-        return found + [
-            held
-            for name in value.__code__.co_names
-            if name in names
-            and (isinstance(held := names[name], (nn.Module, types.FunctionType)) or _is_generator(held))
+        return _bound(value) + [
+            v for v in _globals_of(value) if isinstance(v, (nn.Module, types.FunctionType)) or _is_generator(v)
         ]
     if kind is types.MethodType:
         return value.__self__, value.__func__
@@ -189,9 +184,7 @@ def caches_of(blocks: Iterable[Any]) -> list[Any]:
             found.append(value)
             look(getattr(value, "__wrapped__", None), depth - 1)
         elif isinstance(value, types.FunctionType):
-            names = value.__globals__
-            used = [names[name] for name in value.__code__.co_names if name in names]
-            for part in (*_contents(value.__closure__), *(value.__defaults__ or ()), *used):
+            for part in (*_bound(value), *_globals_of(value)):
                 look(part, depth - 1)
         elif isinstance(value, types.MethodType):
             look(value.__func__, depth - 1)
@@ -212,6 +205,18 @@ def caches_of(blocks: Iterable[Any]) -> list[Any]:
 
 def _is_users(kind: type) -> bool:
     return not issubclass(kind, (Tensor, type)) and kind.__module__.partition(".")[0] not in _LIBRARIES
+
+
+def _bound(function: types.FunctionType) -> list[Any]:
+    """Return what a function closes over, and its defaults."""
+    defaults = *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()
+    return [*_contents(function.__closure__), *defaults]
+
+
+def _globals_of(function: types.FunctionType) -> list[Any]:
+    """Return the global variables that a function names."""
+    names = function.__globals__
+    return [names[name] for name in function.__code__.co_names if name in names]
 
 
 def _contents(cells: tuple[types.CellType, ...] | None) -> list[Any]:

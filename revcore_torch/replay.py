@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from revcore.errors import InversionError
 from revcore_torch import outside
-from revcore_torch.reach import Held
+from revcore_torch.reach import SMALL, Held
 from revcore_torch.sharded import is_flattened, is_sharded
 from revcore_torch.watch import is_faking
 
@@ -415,9 +415,6 @@ class Buffers:
                 buffer.data.copy_(value)
 
 
-_SMALL = 1 << 16  # elements: such a buffer's old value may be kept on a device, whether it changed or not
-
-
 def _has_changed(buffer: Tensor, version: int | None, old: Tensor | None, is_registered: bool) -> bool:
     if version is None or old is None or buffer._version != version:
         return True
@@ -425,7 +422,7 @@ def _has_changed(buffer: Tensor, version: int | None, old: Tensor | None, is_reg
         return False  # to compare the parts of a sharded tensor, ranks would have to meet
     if buffer.device.type == "cpu":
         return not torch.equal(buffer, old)
-    return is_registered and buffer.device.type != "meta" and buffer.numel() <= _SMALL
+    return is_registered and buffer.device.type != "meta" and buffer.numel() <= SMALL
 
 
 class Hooks:

@@ -39,7 +39,7 @@ from revcore_torch.steps import (
     tensors_within,
     version,
 )
-from revcore_torch.watch import is_known
+from revcore_torch.watch import is_faking, is_known
 
 Handle = tuple[int, int]
 
@@ -191,7 +191,17 @@ class Tape:
 
     def step(self, call: Call, streams: Streams, arguments: Arguments) -> tuple[Streams, tuple[Any, ...]]:
         """Run the next step; return the streams after it, and the block's auxiliary outputs."""
-        streams, extra = self._first(call, streams, arguments)
+        try:
+            streams, extra = self._first(call, streams, arguments)
+        except RuntimeError as error:
+            if "support saved tensor hooks" not in str(error):
+                raise
+            raise SpecError(
+                f"block of step {call.index} calls torch.func (grad, vjp, jacrev or hessian), which PyTorch allows "
+                "under no saved-tensor hooks, and this engine is made of them: take the gradient with "
+                "torch.autograd.grad(..., create_graph=True), use torch.func.jvp, or give this block StoreAll() "
+                "(policy=[..., StoreAll(), ...])"
+            ) from error
         before, self.random_now = self.random_now, replay.random_state(self.devices)
         self.frames[-1].random = (before, self.random_now) if before != self.random_now else None
         return streams, extra
@@ -245,7 +255,7 @@ class Tape:
             frame.sample = self.probe.take(streams)
         first_node = torch._C._autograd._get_sequence_nr()  # pyright: ignore[reportAttributeAccessIssue]
         frame.live = live = replay.Live()
-        with _true_cause(call.index), saved_tensors_hooks(_Pack(index, live), self.unpack):
+        with saved_tensors_hooks(_Pack(index, live), self.unpack):
             if self.recompute is None:
                 f, aux = call.evaluate(streams, arguments)
             else:
@@ -281,7 +291,7 @@ class Tape:
 
     @property
     def _looks_at_values(self) -> bool:
-        return self.determinism_check == "values"
+        return self.determinism_check == "values" and not is_faking()
 
     def _note(self, frame: Frame, streams: Sequence[Tensor], f: Any, saved: Sequence[Tensor]) -> determinism.Noted:
         """Return a few values of a step's first run (T21)."""
@@ -572,21 +582,6 @@ class Tape:
             exact = self.kind == "checkpoint" or kept or bits is not None
             parts = () if f is None else _outputs(call, f)
             walk.judge.compare(call.index, frame.noted, parts, _sources(call, leaves), collected, exact, bits)
-
-
-@contextlib.contextmanager
-def _true_cause(index: int) -> Iterator[None]:
-    """Say of an error of PyTorch's why it is one."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "support saved tensor hooks" not in str(error):
-            raise
-        raise SpecError(
-            f"block of step {index} calls torch.func (grad, vjp, jacrev or hessian), which PyTorch allows under no "
-            "saved-tensor hooks, and this engine is made of them: take the gradient with torch.autograd.grad(..., "
-            "create_graph=True), use torch.func.jvp, or give this block StoreAll() (policy=[..., StoreAll(), ...])"
-        ) from error
 
 
 class _Pack:
