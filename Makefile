@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt scripts/bootstrap.py
 setup: $(READY) ## create the virtual environment, if it is not there yet
 
 # A machine's own packages are for running the tests with: linters and warnings judge by the pinned versions alone.
-test: $(READY) ## run the linters and the fast tests, side by side: all that is claimed, in ten minutes on two cores
+test: $(READY) ## run the linters and the fast tests, side by side: all that is claimed, in ten to fifteen minutes on two cores
 	@$(MAKE) --no-print-directory -j2 $(if $(SYSTEM_SITE_PACKAGES),,lint) unit
 
 # Pyright's wrapper would ask the network for a newer release on every run.
